@@ -1,0 +1,168 @@
+"""What a cgroup has used, read in as few system calls as this kernel and tree allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from . import files
+from .formats import parse_flat, parse_nested, parse_value
+
+__all__ = ["Pressure", "Stats", "StatsPlan", "read_stats"]
+
+# Control file -> key within it -> field of `Stats`. The empty key is the file's only value.
+_SOURCES: Final[dict[str, dict[str, str]]] = {
+    "memory.current": {"": "memory_current"},
+    "memory.peak": {"": "memory_peak"},
+    "memory.swap.current": {"": "memory_swap_current"},
+    "memory.events.local": {
+        "oom": "oom",
+        "oom_kill": "oom_kill",
+        "high": "memory_events_high",
+        "max": "memory_events_max",
+    },
+    "cpu.stat": {
+        "usage_usec": "cpu_usage_usec",
+        "user_usec": "cpu_user_usec",
+        "system_usec": "cpu_system_usec",
+        "throttled_usec": "cpu_throttled_usec",
+        "nr_throttled": "cpu_nr_throttled",
+    },
+    "pids.current": {"": "pids_current"},
+    "pids.peak": {"": "pids_peak"},
+    "pids.events": {"max": "pids_events_max"},
+}
+_PRESSURES: Final = {
+    "memory.pressure": "memory_pressure",
+    "cpu.pressure": "cpu_pressure",
+    "io.pressure": "io_pressure",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pressure:
+    """How long at least one task waited for a resource: the `some` line of a pressure file (psi.rst).
+
+    Attributes:
+        avg10: percent of the last ten seconds.
+        total_usec: microseconds since the cgroup was made.
+    """
+
+    avg10: float
+    total_usec: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """A cgroup's counters at one moment. None means that the kernel does not offer it here.
+
+    An unknown is never 0. A value counts the cgroup with its descendants, where nothing else is said.
+
+    Attributes:
+        memory_current: bytes in use.
+        memory_peak: most bytes that were in use; Linux 5.19 and later.
+        memory_swap_current: bytes in swap.
+        oom: times that this cgroup itself, not a child or an ancestor, had no memory to give below its own
+            limit.
+        oom_kill: processes of this cgroup itself that were killed for want of memory, whoever's limit it was.
+        memory_events_high: times that this cgroup itself was throttled for being above `memory.high`.
+        memory_events_max: times that this cgroup itself was about to go above `memory.max`.
+        cpu_usage_usec: microseconds of CPU time used.
+        cpu_user_usec: those of them spent in user mode.
+        cpu_system_usec: those of them spent in the kernel.
+        cpu_throttled_usec: microseconds spent waiting for the quota of `cpu.max`.
+        cpu_nr_throttled: periods in which that happened.
+        pids_current: tasks.
+        pids_peak: most tasks that there were; Linux 6.11 and later.
+        pids_events_max: forks that failed for want of a pid: on Linux 6.11 and later those that this cgroup's
+            or a descendant's limit forbade, before that those tried in this cgroup.
+        memory_pressure: waits for memory, if asked for.
+        cpu_pressure: waits for a CPU, if asked for.
+        io_pressure: waits for input and output, if asked for.
+    """
+
+    memory_current: int | None = None
+    memory_peak: int | None = None
+    memory_swap_current: int | None = None
+    oom: int | None = None
+    oom_kill: int | None = None
+    memory_events_high: int | None = None
+    memory_events_max: int | None = None
+    cpu_usage_usec: int | None = None
+    cpu_user_usec: int | None = None
+    cpu_system_usec: int | None = None
+    cpu_throttled_usec: int | None = None
+    cpu_nr_throttled: int | None = None
+    pids_current: int | None = None
+    pids_peak: int | None = None
+    pids_events_max: int | None = None
+    memory_pressure: Pressure | None = None
+    cpu_pressure: Pressure | None = None
+    io_pressure: Pressure | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-serializable dictionary, None included."""
+        return asdict(self)
+
+
+class StatsPlan:
+    """Which files exist, learnt once for each set of controllers and then kept. One serves a whole tree.
+
+    Cgroups of one tree may have different controllers enabled, and those with the same ones have the same
+    files.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[str, ...]] = {}
+
+    def files(self, dir_fd: int) -> tuple[str, ...]:
+        """The files to read for this cgroup."""
+        # No key by descriptor or name: both are used again, and a parent's `subtree_control` can change.
+        key = files.read(dir_fd, "cgroup.controllers")
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = tuple(name for name in _SOURCES if files.exists(dir_fd, name))
+        return known
+
+
+def read_stats(dir_fd: int, plan: StatsPlan | None = None, *, pressure: bool = False) -> Stats:
+    """Read a cgroup's counters; those of pressure only if asked for.
+
+    With a `plan` that has seen a cgroup like this one, only files that exist are opened.
+
+    Raises:
+        GoneError: the cgroup was removed.
+        FormatError: a file does not read as documented.
+    """
+    values: dict[str, Any] = {}
+    for name in (plan or StatsPlan()).files(dir_fd):
+        text = files.read_optional(dir_fd, name)
+        if text is not None:
+            _take(name, text, values)
+    if pressure:
+        values |= _read_pressures(dir_fd)
+    return Stats(**values)
+
+
+def _take(name: str, text: str, values: dict[str, int]) -> None:
+    wanted = _SOURCES[name]
+    if "" in wanted:
+        value = parse_value(text)
+        if value != "max":
+            values[wanted[""]] = value
+        return
+    found = parse_flat(text)
+    for key, field in wanted.items():
+        if key in found:
+            values[field] = found[key]
+
+
+def _read_pressures(dir_fd: int) -> Mapping[str, Pressure]:
+    result = {}
+    for name, field in _PRESSURES.items():
+        text = files.read_optional(dir_fd, name)
+        some = parse_nested(text).get("some") if text else None
+        if some is not None and "avg10" in some and "total" in some:
+            result[field] = Pressure(avg10=float(some["avg10"]), total_usec=int(some["total"]))
+    return result
