@@ -1,0 +1,354 @@
+"""The registry: who has an account, and what is meant to be alive; one SQLite file that processes share.
+
+Two tables carry it. `users` is never emptied: a deleted user stays as a tombstone, so that no key and no uid
+goes to somebody else. `sandboxes` holds one row for each service or run that is meant to be alive *now*; with
+the live cgroups it is all that recovery needs.
+
+Changes to users are on the disk when the call returns. Claims and releases survive the death of any process,
+but the last of them may be lost with the power, when nothing that they name is alive either.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from .database import Database
+from .errors import AlreadyRunningError, NotFoundError, RegistryError, StateError
+from .models import IsolatedUser
+
+__all__ = ["ClaimedError", "Kind", "Registry", "SandboxRow", "UserRow", "UserStatus"]
+
+UserStatus = Literal["creating", "ready", "deleting", "deleted"]
+"""`creating` and `deleting`: the account may or may not exist, and whoever comes next finishes the job."""
+
+Kind = Literal["service", "run"]
+
+_APPLICATION_ID = 0x50414354
+
+_MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
+        "INSERT INTO meta VALUES ('state_id', lower(hex(randomblob(16))))",
+        """CREATE TABLE users (
+            saas_id BLOB NOT NULL UNIQUE,
+            key TEXT NOT NULL UNIQUE,
+            username TEXT NOT NULL UNIQUE,
+            uid INTEGER NOT NULL,
+            gid INTEGER NOT NULL,
+            home BLOB NOT NULL,
+            created_at REAL NOT NULL,
+            status TEXT NOT NULL CHECK (status IN ('creating', 'ready', 'deleting', 'deleted')),
+            virtual INTEGER NOT NULL
+        ) STRICT""",
+        "CREATE UNIQUE INDEX users_uid ON users (uid) WHERE NOT virtual",
+        """CREATE TABLE sandboxes (
+            key TEXT NOT NULL,
+            service_id TEXT NOT NULL,
+            run_id TEXT NOT NULL,
+            owner TEXT NOT NULL,
+            kind TEXT NOT NULL CHECK (kind IN ('service', 'run')),
+            spec TEXT NOT NULL,
+            cgroup TEXT NOT NULL,
+            created_at REAL NOT NULL,
+            PRIMARY KEY (key, service_id)
+        ) STRICT, WITHOUT ROWID""",
+    ),
+)
+"""See `Database`: steps are only ever added."""
+
+_USERS = "SELECT saas_id, key, username, uid, gid, home, created_at, status, virtual FROM users "
+_ADD_USER = "INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_BEGIN_REMOVAL = (
+    "UPDATE users SET status = 'deleting' WHERE key = ?1 AND status <> 'deleted' "
+    "AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE key = ?1)"
+)
+_SANDBOXES = "SELECT key, service_id, run_id, owner, kind, spec, cgroup, created_at FROM sandboxes "
+_ONE_SANDBOX = _SANDBOXES + "WHERE key = ? AND service_id = ?"
+# Only a ready user can have something alive: a start and a removal exclude each other, in one statement each.
+_CLAIM = (
+    "INSERT INTO sandboxes SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8 "
+    "WHERE EXISTS (SELECT 1 FROM users WHERE key = ?1 AND status = 'ready')"
+)
+_RELEASE = "DELETE FROM sandboxes WHERE key = ? AND service_id = ? AND run_id = ?"
+_TAKE_OVER = "UPDATE sandboxes SET owner = ? WHERE key = ? AND service_id = ? AND run_id = ? AND owner = ?"
+_UPDATE_SPEC = "UPDATE sandboxes SET spec = ? WHERE key = ? AND service_id = ? AND run_id = ?"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserRow:
+    """One user as registered; `virtual` users have no account of their own, but the caller's uid and gid."""
+
+    saas_id: str
+    key: str
+    username: str
+    uid: int
+    gid: int
+    home: Path
+    created_at: float
+    status: UserStatus = "creating"
+    virtual: bool = False
+
+    def user(self) -> IsolatedUser:
+        """The public face of this row."""
+        return IsolatedUser(self.saas_id, self.username, self.uid, self.gid, self.home, self.created_at)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxRow:
+    """One service or run that is meant to be alive.
+
+    Attributes:
+        key: the user's key.
+        service_id: unique within the user.
+        run_id: tells this run from earlier and later ones of the same name.
+        owner: the supervisor that answers for it, see `owners`.
+        kind: whether a new owner keeps it (`service`) or ends it (`run`).
+        spec: what was asked for, as JSON.
+        cgroup: its path in the cgroup v2 tree.
+        created_at: seconds since the epoch.
+    """
+
+    key: str
+    service_id: str
+    run_id: str
+    owner: str
+    kind: Kind
+    spec: str
+    cgroup: str
+    created_at: float
+
+
+class ClaimedError(AlreadyRunningError):
+    """Somebody claimed this user's service before.
+
+    Attributes:
+        owner: the owner id of whoever answers for it; empty if it ended in this very moment.
+        run_id: the run that is there; empty as well then.
+    """
+
+    def __init__(self, row: SandboxRow, holder: SandboxRow | None) -> None:
+        self.owner = holder.owner if holder else ""
+        self.run_id = holder.run_id if holder else ""
+        where = f" (run {self.run_id}, owner {self.owner})" if holder else ""
+        super().__init__(
+            f"service {row.service_id!r} of user {row.key} is running already{where}",
+            remedy="stop it first, or choose another service id",
+        )
+
+
+class Registry:
+    """The registry of one state directory.
+
+    Any number of threads and processes may use the same file. One connection serves all threads of this
+    object, one statement at a time, and `close` closes it there and then.
+
+    Attributes:
+        path: the file, mode 0600 in a directory of mode 0700.
+        state_id: made once with the file, 32 hex digits; marks what belongs to this state on the host.
+
+    Raises:
+        RegistryError: from the constructor and every method, if the file cannot be opened, read or written,
+            is corrupt, belongs to another program, or has a newer schema than this version knows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._database = Database(path, _APPLICATION_ID, _MIGRATIONS)
+        try:
+            self.state_id = self._read_state_id()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file. Closing twice is harmless; any other use after it raises `RegistryError`."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _read_state_id(self) -> str:
+        with self._database as db:
+            found = db.execute("SELECT value FROM meta WHERE name = 'state_id'").fetchone()
+        if found is None:
+            raise RegistryError(f"the registry {self.path} has lost its state id", remedy="restore a backup")
+        return str(found[0])
+
+    # Users ---
+
+    def user(self, saas_id: str) -> UserRow | None:
+        """The row of this id, compared byte for byte, whatever its status."""
+        with self._database as db:
+            found = db.execute(_USERS + "WHERE saas_id = ?", (saas_id.encode(),)).fetchone()
+        return _user_row(found) if found else None
+
+    def users(self, *statuses: UserStatus) -> list[UserRow]:
+        """All rows of these statuses, or all rows, in the order in which their uids were given out."""
+        with self._database as db:
+            found = db.execute(_USERS + "ORDER BY rowid").fetchall()
+        rows = map(_user_row, found)
+        return [row for row in rows if not statuses or row.status in statuses]
+
+    def key_holder(self, key: str) -> str | None:
+        """The id that has, or ever had, this key."""
+        with self._database as db:
+            found = db.execute("SELECT saas_id FROM users WHERE key = ?", (key,)).fetchone()
+        return found[0].decode() if found else None
+
+    def used_uids(self) -> set[int]:
+        """Every uid and gid that a user of this state has or ever had, those of virtual users aside."""
+        with self._database as db:
+            found = db.execute("SELECT uid, gid FROM users WHERE NOT virtual").fetchall()
+        return {number for pair in found for number in pair}
+
+    def add_user(self, row: UserRow) -> bool:
+        """Reserve this row's id, key, login and uid; durable. False, and no change, if one is taken."""
+        values = (
+            row.saas_id.encode(),
+            row.key,
+            row.username,
+            row.uid,
+            row.gid,
+            os.fsencode(row.home),
+            row.created_at,
+            row.status,
+            int(row.virtual),
+        )
+        with self._database.durable() as db:
+            return db.execute(_ADD_USER, values).rowcount == 1
+
+    def mark_ready(self, row: UserRow) -> UserRow:
+        """The account is there: `creating` becomes `ready`; durable. Returns the new row."""
+        return self._move(row, "ready", "creating")
+
+    def begin_removal(self, row: UserRow) -> UserRow:
+        """Let nothing more start for this user; durable. Returns the new row.
+
+        Raises:
+            StateError: something is claimed for this user, or the user is deleted.
+        """
+        with self._database.durable() as db:
+            done = db.execute(_BEGIN_REMOVAL, (row.key,)).rowcount == 1
+        if not done:
+            raise StateError(
+                f"cannot remove user {row.username}: something runs for it, or it is removed already",
+                remedy="stop its sandboxes first",
+            )
+        return replace(row, status="deleting")
+
+    def tombstone(self, row: UserRow) -> UserRow:
+        """The account is gone: `deleting` becomes `deleted`; durable. Its key and uid stay taken."""
+        return self._move(row, "deleted", "deleting")
+
+    def revive(self, row: UserRow, created_at: float) -> UserRow:
+        """Give a deleted user's key and uid back to the same id, which is `creating` again; durable."""
+        return self._move(replace(row, created_at=created_at), "creating", "deleted")
+
+    def _move(self, row: UserRow, to: UserStatus, before: UserStatus) -> UserRow:
+        """From `before` to `to`; being there already is as good, since two may finish the same work."""
+        with self._database.durable() as db:
+            done = db.execute(
+                "UPDATE users SET status = ?, created_at = ? WHERE key = ? AND status IN (?, ?)",
+                (to, row.created_at, row.key, before, to),
+            ).rowcount
+        if done != 1:
+            raise StateError(f"user {row.username} cannot become {to}: it is not {before} any more")
+        return replace(row, status=to)
+
+    # Sandboxes ---
+
+    def claim(self, row: SandboxRow) -> None:
+        """Write down that this is meant to be alive, before anything of it is made.
+
+        Raises:
+            ClaimedError: this user's service is there already, whoever owns it.
+            NotFoundError: there is no such user, or it is being made or removed.
+        """
+        with self._database as db:
+            try:
+                done = db.execute(
+                    _CLAIM,
+                    (
+                        row.key,
+                        row.service_id,
+                        row.run_id,
+                        row.owner,
+                        row.kind,
+                        row.spec,
+                        row.cgroup,
+                        row.created_at,
+                    ),
+                ).rowcount
+            except sqlite3.IntegrityError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
+                    raise
+                found = db.execute(_ONE_SANDBOX, (row.key, row.service_id)).fetchone()
+                # Another process may have released it just now; it was claimed when we asked.
+                raise ClaimedError(row, _sandbox_row(found) if found else None) from None
+        if done != 1:
+            raise NotFoundError(f"cannot start {row.service_id!r}: no user with key {row.key} is ready")
+
+    def release(self, key: str, service_id: str, run_id: str) -> bool:
+        """Nothing of this run is left. False if the service is not there, or is another run's by now."""
+        with self._database as db:
+            return db.execute(_RELEASE, (key, service_id, run_id)).rowcount == 1
+
+    def row(self, key: str, service_id: str) -> SandboxRow | None:
+        """What is claimed under this name."""
+        with self._database as db:
+            found = db.execute(_ONE_SANDBOX, (key, service_id)).fetchone()
+        return _sandbox_row(found) if found else None
+
+    def rows(self, owner: str | None = None, *, key: str | None = None) -> list[SandboxRow]:
+        """All that is meant to be alive, of this owner, of this user, or of all."""
+        with self._database as db:
+            found = db.execute(
+                _SANDBOXES + "WHERE owner = coalesce(?, owner) AND key = coalesce(?, key)", (owner, key)
+            ).fetchall()
+        return [_sandbox_row(values) for values in found]
+
+    def take_over(self, key: str, service_id: str, run_id: str, from_owner: str, to_owner: str) -> bool:
+        """Make `to_owner` answer for this run, if it still is `from_owner`'s. One caller gets True."""
+        with self._database as db:
+            return db.execute(_TAKE_OVER, (to_owner, key, service_id, run_id, from_owner)).rowcount == 1
+
+    def update_spec(self, key: str, service_id: str, run_id: str, spec: str) -> bool:
+        """Write down a changed spec, such as new limits. False if this run is not there any more."""
+        with self._database as db:
+            return db.execute(_UPDATE_SPEC, (spec, key, service_id, run_id)).rowcount == 1
+
+
+def _user_row(values: tuple[Any, ...]) -> UserRow:
+    saas_id, key, username, uid, gid, home, created_at, status, virtual = values
+    return UserRow(
+        saas_id=saas_id.decode(),
+        key=key,
+        username=username,
+        uid=uid,
+        gid=gid,
+        home=Path(os.fsdecode(home)),
+        created_at=created_at,
+        status=status,
+        virtual=bool(virtual),
+    )
+
+
+def _sandbox_row(values: tuple[Any, ...]) -> SandboxRow:
+    key, service_id, run_id, owner, kind, spec, cgroup, created_at = values
+    return SandboxRow(
+        key=key,
+        service_id=service_id,
+        run_id=run_id,
+        owner=owner,
+        kind=kind,
+        spec=spec,
+        cgroup=cgroup,
+        created_at=created_at,
+    )
