@@ -1,0 +1,100 @@
+"""The log file of one service, as its one writer sees it."""
+
+from __future__ import annotations
+
+import os
+
+from .errors import LogError
+from .paths import private_directory
+from .records import Position, parse_position
+
+__all__ = ["Journal"]
+
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+_STEP = 1 << 16
+
+
+class Journal:
+    """An append-only file of JSON lines. One write a batch; what is left of a batch goes first."""
+
+    __slots__ = ("_fd", "_rest", "path")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd = -1
+        self._rest = b""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is open."""
+        return self._fd >= 0
+
+    def open(self) -> Position:
+        """Open the log, made if it is missing, cut off a last line that a crash tore, and say how far it is.
+
+        Raises:
+            OSError: it cannot be made, opened or read.
+            LogError: its last line is no record.
+        """
+        try:
+            fd = os.open(self.path, _FLAGS | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            private_directory(os.path.dirname(self.path))
+            fd = os.open(self.path, _FLAGS | os.O_CREAT, 0o600)
+        try:
+            position = _recover(fd, self.path)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
+        return position
+
+    def write(self, batch: bytes) -> None:
+        """Append whole lines.
+
+        Raises:
+            OSError: the disk is full or broken. The batch is kept: `flush` goes on where this write stopped.
+        """
+        self._rest += batch
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what a failed `write` left.
+
+        Raises:
+            OSError: as `write`.
+        """
+        while self._rest:
+            self._rest = self._rest[os.write(self._fd, self._rest) :]
+
+    def close(self) -> None:
+        """Close it. What was not written is dropped: the spool has it, behind the last whole record."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._rest = b""
+
+
+def _recover(fd: int, path: str) -> Position:
+    size = os.fstat(fd).st_size
+    end = _after_newline(fd, size)
+    if end != size:
+        os.ftruncate(fd, end)
+    if end == 0:
+        return Position()
+    begin = _after_newline(fd, end - 1)
+    try:
+        return parse_position(os.pread(fd, end - begin, begin))
+    except LogError as error:
+        raise LogError(f"cannot go on with {path}: {error.message}", remedy=error.remedy) from error
+
+
+def _after_newline(fd: int, end: int) -> int:
+    """The offset behind the last newline before offset `end`; 0 if there is none."""
+    while end > 0:
+        begin = max(0, end - _STEP)
+        found = os.pread(fd, end - begin, begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        end = begin
+    return 0

@@ -1,0 +1,96 @@
+"""Where a service's log, and the FIFOs and spools of its runs, lie."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..models import Stream
+from .errors import LogError
+
+__all__ = ["STREAMS", "LogPaths", "private_directory"]
+
+STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
+_ENDINGS = ("out", "err")
+
+
+@dataclass(frozen=True, slots=True)
+class LogPaths:
+    """The paths of one tenant. Strings, not `Path`: they are made anew at each start.
+
+    Attributes:
+        log_dir: the settings' `log_dir`.
+        run_dir: the settings' `run_dir`.
+        key: the tenant's key. It has no dot, and neither has a run id: file names can be taken apart again.
+    """
+
+    log_dir: Path
+    run_dir: Path
+    key: str
+
+    @property
+    def fifo_dir(self) -> str:
+        """One directory for all tenants' FIFOs; only its owner can enter, so no tenant opens another's."""
+        return f"{self.run_dir}/fifo"
+
+    @property
+    def tenant_dir(self) -> str:
+        """The directory of the tenant's logs."""
+        return f"{self.log_dir}/pactown_{self.key}"
+
+    @property
+    def spool_dir(self) -> str:
+        """Raw output that is not yet, or not yet wholly, in a log."""
+        return f"{self.log_dir}/pactown_{self.key}/.spool"
+
+    def log(self, service_id: str) -> str:
+        """The log of a service, over all its runs: one JSON object a line."""
+        return f"{self.log_dir}/pactown_{self.key}/{service_id}.jsonl"
+
+    def fifos(self, service_id: str, run_id: str) -> tuple[str, str]:
+        """The FIFOs that a run has as standard output and standard error."""
+        stem = f"{self.run_dir}/fifo/{self.key}.{service_id}.{run_id}"
+        return f"{stem}.{_ENDINGS[0]}", f"{stem}.{_ENDINGS[1]}"
+
+    def spools(self, service_id: str, run_id: str) -> tuple[str, str]:
+        """The spools of a run's two streams; they exist once it has written something."""
+        stem = f"{self.log_dir}/pactown_{self.key}/.spool/{service_id}.{run_id}"
+        return f"{stem}.{_ENDINGS[0]}", f"{stem}.{_ENDINGS[1]}"
+
+    def leftovers(self) -> set[tuple[str, str]]:
+        """`(service id, run id)` of this tenant's runs that have a FIFO or a spool, alive or left behind."""
+        found: set[tuple[str, str]] = set()
+        for directory, prefix in ((self.fifo_dir, f"{self.key}."), (self.spool_dir, "")):
+            try:
+                names = os.listdir(directory)
+            except FileNotFoundError:
+                continue
+            for name in names:
+                parts = name.removeprefix(prefix).rsplit(".", 2)
+                if name.startswith(prefix) and len(parts) == 3 and parts[2] in _ENDINGS:
+                    found.add((parts[0], parts[1]))
+        return found
+
+
+def private_directory(path: str) -> None:
+    """Make `path`, and what is missing on the way to it, so that only the caller can enter.
+
+    Raises:
+        OSError: it cannot be made.
+        LogError: it is there already, and is a link, another's, or open to others.
+    """
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        private_directory(os.path.dirname(path))
+        os.mkdir(path, 0o700)
+    state = os.lstat(path)
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & 0o077:
+        raise LogError(
+            f"{path} is not a directory that only its owner can enter",
+            remedy=f"chown {os.geteuid()} {path} && chmod 700 {path}",
+        )
