@@ -1,0 +1,30 @@
+"""The launcher: the only place where privileges go away.
+
+`launch.c` is the program and says how it works; `spec` is what it is told, `status` what it answers, `start` the call, and
+`build` compiles it.
+"""
+
+from __future__ import annotations
+
+from .spec import DEFAULT_PATH, DEFAULT_RLIMITS, Directory, LaunchSpec, Rlimit
+from .start import Call, Started, launch_async, launch_popen, launcher_path
+from .status import STEPS, Failure, Launched, StatusReader, report_from, start_error
+
+__all__ = [
+    "DEFAULT_PATH",
+    "DEFAULT_RLIMITS",
+    "STEPS",
+    "Call",
+    "Directory",
+    "Failure",
+    "LaunchSpec",
+    "Launched",
+    "Rlimit",
+    "Started",
+    "StatusReader",
+    "launch_async",
+    "launch_popen",
+    "launcher_path",
+    "report_from",
+    "start_error",
+]
