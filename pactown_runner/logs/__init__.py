@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from .errors import LogError
 from .feed import LogFeed
+from .hub import LogHub
 from .paths import LogPaths
 from .pump import LogPump
 from .reader import read_log
-from .turns import Turns
 
-__all__ = ["LogError", "LogFeed", "LogPaths", "LogPump", "Turns", "read_log"]
+__all__ = ["LogError", "LogFeed", "LogHub", "LogPaths", "LogPump", "read_log"]

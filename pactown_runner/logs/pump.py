@@ -3,7 +3,7 @@
     FIFO --splice--> spool --render--> log --notify--> readers
 
 A readable FIFO is spliced into the spool at once, which is cheap. Rendering costs microseconds a record, so
-it happens in bounded turns (`Turns`). While more than `BACKLOG_BYTES` wait to be rendered nothing more is
+it happens in bounded turns (`LogHub`). While more than `BACKLOG_BYTES` wait to be rendered nothing more is
 taken: the FIFO fills, and the tenant's write blocks. A run that writes nothing has neither spool nor log:
 it costs two FIFOs.
 
@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 
 from .errors import LogError
 from .feed import LogFeed
 from .fifo import Fifo
+from .hub import LogHub
 from .journal import Journal
 from .paths import STREAMS, LogPaths
 from .records import RecordLogger, record_logger, split
 from .spool import Spool
-from .turns import Turns
 
 __all__ = ["LogPump"]
 
@@ -47,7 +48,7 @@ class LogPump:
         dot and no slash. uid, gid: the tenant's, to whom the FIFOs belong. feed: told of each change; the
         caller closes it when no run will follow. Without one the pump has its own,
             and closes it in `finish`.
-        turns: shared with all pumps of the loop; without one the pump is bounded by itself alone.
+        hub: shared with all pumps of the loop; without one the pump has its own, which costs more.
         retry: seconds to wait after a full or failing disk.
 
     Attributes:
@@ -65,7 +66,7 @@ class LogPump:
         uid: int,
         gid: int,
         feed: LogFeed | None = None,
-        turns: Turns | None = None,
+        hub: LogHub | None = None,
         retry: float = RETRY_SECONDS,
     ) -> None:
         self.paths = paths
@@ -77,7 +78,9 @@ class LogPump:
         self._owns_feed = feed is None
         self._uid = uid
         self._gid = gid
-        self._turns = turns
+        self._hub = hub
+        self._owns_hub = hub is None
+        self._started = False
         self._retry = retry
         out, err = paths.fifos(service_id, run_id)
         self._fifos = (Fifo(out), Fifo(err))
@@ -89,7 +92,6 @@ class LogPump:
         self._listening = [False, False]
         self._queued = False
         self._timer: asyncio.TimerHandle | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     # ---- the run's start
 
@@ -142,11 +144,11 @@ class LogPump:
         for fifo in self._fifos:
             fifo.close_child()
 
-    def start(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def start(self) -> None:
         """Begin to take what is written. In the loop's thread."""
-        self._loop = loop or asyncio.get_running_loop()
-        if self._turns is None:
-            self._turns = Turns(self._loop)
+        if self._hub is None:
+            self._hub = LogHub()
+        self._started = True
         self._listen()
         if self._journal is not None:
             self._enqueue()
@@ -194,8 +196,11 @@ class LogPump:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        # A turn that is still queued finds no loop, and does nothing.
-        self._loop = None
+        # A turn that is still queued sees this, and does nothing.
+        self._started = False
+        if self._owns_hub and self._hub is not None:
+            self._hub.close()
+            self._hub = None
 
     def _close(self) -> None:
         for fifo in self._fifos:
@@ -225,17 +230,17 @@ class LogPump:
     # ---- in between
 
     def _listen(self) -> None:
-        if self._loop is None:
+        if self._hub is None:
             return
         for index, fifo in enumerate(self._fifos):
             if not self._listening[index] and self._backlog(index) < BACKLOG_BYTES // 2 and fifo.fd >= 0:
-                self._loop.add_reader(fifo.fd, self._readable, index)
+                self._hub.listen(fifo.fd, partial(self._readable, index))
                 self._listening[index] = True
 
     def _deafen(self, only: int | None = None) -> None:
         for index, fifo in enumerate(self._fifos):
-            if self._listening[index] and only in (None, index) and self._loop is not None:
-                self._loop.remove_reader(fifo.fd)
+            if self._listening[index] and only in (None, index) and self._hub is not None:
+                self._hub.unlisten(fifo.fd)
                 self._listening[index] = False
 
     def _backlog(self, index: int) -> int:
@@ -254,14 +259,14 @@ class LogPump:
             self._enqueue()
 
     def _enqueue(self) -> None:
-        if not self._queued and self._turns is not None:
+        if not self._queued and self._hub is not None:
             self._queued = True
-            self._turns.add(self._turn)
+            self._hub.add(self._turn)
 
     def _turn(self) -> bool:
         """Render a bounded part of what waits; True if there is more."""
         self._queued = False
-        if self._loop is None or self._timer is not None:
+        if not self._started or self._timer is not None:
             return False
         try:
             more = self._render(0) | self._render(1)
@@ -323,8 +328,8 @@ class LogPump:
         """Stop until the disk may have recovered; what is not written waits in FIFO and spool."""
         self.error = self._trouble(error)
         self._deafen()
-        if self._loop is not None and self._timer is None:
-            self._timer = self._loop.call_later(self._retry, self._resume)
+        if self._hub is not None and self._timer is None:
+            self._timer = self._hub.loop.call_later(self._retry, self._resume)
 
     def _resume(self) -> None:
         self._timer = None
