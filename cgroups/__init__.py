@@ -15,15 +15,20 @@ from .errors import (
     NotSupportedError,
     WaitTimeoutError,
 )
+from .events import Events, Watch, read_events
 from .formats import MAX, CpuQuota, Max, format_bytes, parse_bytes, parse_cpu
+from .group import Cgroup
 from .limits import Limits
 from .stats import Pressure, Stats, StatsPlan, read_stats
+from .tree import Mount, available_controllers, delegated, find_mount, own_directory, own_path
 
 __all__ = [
     "MAX",
     "BusyError",
+    "Cgroup",
     "CgroupError",
     "CpuQuota",
+    "Events",
     "ExistsError",
     "FormatError",
     "FrozenTimeoutError",
@@ -31,13 +36,21 @@ __all__ = [
     "LimitRefusedError",
     "Limits",
     "Max",
+    "Mount",
     "NotSupportedError",
     "Pressure",
     "Stats",
     "StatsPlan",
     "WaitTimeoutError",
+    "Watch",
+    "available_controllers",
+    "delegated",
+    "find_mount",
     "format_bytes",
+    "own_directory",
+    "own_path",
     "parse_bytes",
     "parse_cpu",
+    "read_events",
     "read_stats",
 ]

@@ -11,13 +11,24 @@ import os
 
 from .errors import BusyError, CgroupError, GoneError, LimitRefusedError, NotSupportedError
 
-__all__ = ["directory_path", "exists", "is_gone", "read", "read_optional", "translate", "write"]
+__all__ = [
+    "DENIED",
+    "DENIED_REMEDY",
+    "directory_path",
+    "exists",
+    "is_gone",
+    "read",
+    "read_optional",
+    "translate",
+    "write",
+]
 
 _CHUNK = 16_384
 _READ = os.O_RDONLY | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC
 _ABSENT = frozenset({errno.ENOENT, errno.EOPNOTSUPP})  # EOPNOTSUPP: pressure files where PSI is switched off
-_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+DENIED_REMEDY = "run as root, or in a subtree that was delegated to this user"
 _REFUSED = frozenset({errno.EINVAL, errno.ERANGE, errno.EOPNOTSUPP, errno.E2BIG})
 
 
@@ -120,8 +131,8 @@ def translate(error: OSError, dir_fd: int, name: str, value: str | None = None) 
         kind, reason = NotSupportedError, "the kernel has no such control file here"
     elif number == errno.EBUSY:
         kind = BusyError
-    elif number in _DENIED:
-        remedy = "run as root, or in a subtree that was delegated to this user"
+    elif number in DENIED:
+        remedy = DENIED_REMEDY
     elif number in _REFUSED and value is not None:
         kind, reason = LimitRefusedError, f"the kernel refused it: {reason}"
     return kind(f"cannot {deed}: {reason}", remedy=remedy, path=path, value=value, errno=number)

@@ -23,6 +23,8 @@ __all__ = [
     "parse_cpu",
     "parse_flat",
     "parse_nested",
+    "parse_proc_cgroup",
+    "parse_swaps",
     "parse_value",
     "render_cpu_max",
 ]
@@ -182,3 +184,28 @@ def format_bytes(value: int | Max) -> str:
         if value >= size:
             return f"{f'{value / size:.1f}'.removesuffix('.0')} {unit}iB"
     return f"{value} B"
+
+
+def parse_proc_cgroup(text: str) -> tuple[str | None, frozenset[str]]:
+    """Read `/proc/PID/cgroup` (cgroups(7)): the path in v2, or None, and the controllers that v1 holds.
+
+    Raises:
+        FormatError: a line is not `hierarchy:controllers:path`.
+    """
+    path: str | None = None
+    v1: set[str] = set()
+    for line in text.splitlines():
+        parts = line.split(":", 2)
+        if len(parts) != 3:
+            raise FormatError(f"the kernel's answer {line!r} is not hierarchy:controllers:path", value=text)
+        hierarchy, controllers, place = parts
+        if hierarchy == "0" and not controllers:
+            path = place
+        else:
+            v1.update(name for name in controllers.split(",") if name and not name.startswith("name="))
+    return path, frozenset(v1)
+
+
+def parse_swaps(text: str) -> bool:
+    """Whether `/proc/swaps` (proc_swaps(5)) lists any swap area below its heading."""
+    return len(text.splitlines()) > 1
