@@ -1,7 +1,7 @@
 """The launcher: the only place where privileges go away.
 
-`launch.c` is the program and says how it works; `spec` is what it is told, `status` what it answers, `start` the call, and
-`build` compiles it.
+`launch.c` is the program and says how it works; `spec` is what it is told, `status` what it answers, `start` the
+call, and `build` compiles it.
 """
 
 from __future__ import annotations

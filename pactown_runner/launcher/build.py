@@ -1,7 +1,7 @@
 """Compile the launcher: `python -m pactown_runner.launcher.build`.
 
-Also loaded by path from `hatch_build.py`, in a build environment that has none of this project's dependencies: standard
-library only, and nothing of this package.
+Also loaded by path from `hatch_build.py`, in a build environment that has none of this project's dependencies:
+standard library only, and nothing of this package.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-__all__ = ["BuildError", "build", "find_compiler", "main"]
+__all__ = ["BuildError", "build", "find_compiler", "machine_of", "main"]
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "launch.c"
 BINARY = HERE / "launch"
-REMEDY = (
-    "install a C compiler and the kernel's headers (Debian: apt install gcc libc6-dev), or name one in $CC"
-)
+REMEDY = "install a C compiler and the kernel's headers (Debian: apt install gcc libc6-dev), or name one in $CC"
 
 FLAGS = (
     *("-std=gnu11", "-Os", "-Wall", "-Wextra", "-Werror"),
@@ -67,6 +65,19 @@ def build(target: Path = BINARY, *, compiler: list[str] | None = None) -> Path:
         # A running launcher keeps the old file; writing over it would be ETXTBSY.
         made.replace(target)
     return target
+
+
+def machine_of(binary: Path) -> str:
+    """Return for which machine `binary` was made, by the name in wheel tags: a compiler may be a cross compiler.
+
+    Raises:
+        BuildError: for none that the launcher knows.
+    """
+    machine = int.from_bytes(binary.read_bytes()[18:20], "little")  # e_machine, elf(5)
+    try:
+        return {62: "x86_64", 183: "aarch64"}[machine]
+    except KeyError as error:
+        raise BuildError(f"{binary} is for ELF machine {machine}, which the launcher does not know") from error
 
 
 def main() -> int:

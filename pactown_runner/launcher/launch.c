@@ -68,10 +68,6 @@ typedef int s32;
 #define AT_FDCWD (-100)
 #define O_WRONLY 1
 #define O_CLOEXEC 02000000
-#define PROT_READ 1
-#define PROT_WRITE 2
-#define MAP_PRIVATE 2
-#define MAP_POPULATE 0x8000
 #define SIGKILL 9
 #define SIGSTOP 19
 #define NSIG 64
@@ -220,10 +216,9 @@ static long system_call(long number, long a, long b, long c, long d, long e)
 	long result;
 	register long r10 __asm__("r10") = d;
 	register long r8 __asm__("r8") = e;
-	register long r9 __asm__("r9") = 0;
 	__asm__ volatile("syscall"
 			 : "=a"(result)
-			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8)
 			 : "rcx", "r11", "memory");
 	return result;
 }
@@ -246,8 +241,7 @@ static long system_call(long number, long a, long b, long c, long d, long e)
 	register long x2 __asm__("x2") = c;
 	register long x3 __asm__("x3") = d;
 	register long x4 __asm__("x4") = e;
-	register long x5 __asm__("x5") = 0;
-	__asm__ volatile("svc #0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x5) : "memory");
+	__asm__ volatile("svc #0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4) : "memory");
 	return x0;
 }
 
@@ -255,7 +249,7 @@ static long system_call(long number, long a, long b, long c, long d, long e)
 #error "launch.c knows x86-64 and little-endian arm64"
 #endif
 
-/* A system call's result, or a negated errno. The sixth argument is always 0, which suits mmap's offset. */
+/* A system call's result, or a negated errno. */
 static int call(long number, long a, long b, long c, long d, long e)
 {
 	return (int)system_call(number, a, b, c, d, e);
@@ -350,33 +344,30 @@ static void check_identity(const struct launch *launch)
 
 static void read_spec(struct launch *launch, s32 spec_fd)
 {
-	struct spec header;
-	long got = call4(pread64, spec_fd, &header, sizeof header, 0);
+	/* Untouched pages of .bss cost nothing, so that one read serves a spec of any size. */
+	static char room[SPEC_MAX] __attribute__((aligned(8)));
+	struct spec *header = (struct spec *)room;
+	long got = call4(pread64, spec_fd, room, sizeof room, 0);
 	must(launch, STEP_SPEC, got);
-	if (got != sizeof header || header.magic != SPEC_MAGIC || header.version != SPEC_VERSION ||
-	    header.size < sizeof header || header.size > SPEC_MAX || header.argc == 0)
+	if (got < (long)sizeof *header || header->magic != SPEC_MAGIC || header->version != SPEC_VERSION ||
+	    header->size != (u32)got || header->argc == 0)
+		fail(launch, STEP_SPEC, -EINVAL, 0);
+	launch->spec = header;
+
+	u64 pointers = ((u64)header->argc + 1 + header->envc + 1) * sizeof(char *);
+	u64 strings = sizeof *header + header->rlimits * (u64)sizeof(struct spec_rlimit) + pointers;
+	char *p = room + strings;
+	char *end = room + got;
+	if (strings >= (u64)got || end[-1] != 0)
 		fail(launch, STEP_SPEC, -EINVAL, 0);
 
-	/* Private, so that the pointers can be written into it, and the memfd stays as it was written. */
-	long address = system_call(__NR_mmap, 0, header.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_POPULATE, spec_fd);
-	if (address < 0 && address > -4096)
-		fail(launch, STEP_SPEC, address, 0);
-	launch->spec = (struct spec *)address;
-
-	u64 pointers = ((u64)header.argc + 1 + header.envc + 1) * sizeof(char *);
-	u64 strings = sizeof header + header.rlimits * (u64)sizeof(struct spec_rlimit) + pointers;
-	char *p = (char *)address + strings;
-	char *end = (char *)address + header.size;
-	if (strings >= header.size || end[-1] != 0)
-		fail(launch, STEP_SPEC, -EINVAL, 0);
-
-	launch->rlimits = (struct spec_rlimit *)(address + (long)sizeof header);
-	launch->argv = (char **)(launch->rlimits + header.rlimits);
-	launch->env = launch->argv + header.argc + 1;
+	launch->rlimits = (struct spec_rlimit *)(header + 1);
+	launch->argv = (char **)(launch->rlimits + header->rlimits);
+	launch->env = launch->argv + header->argc + 1;
 	launch->directories = p;
-	p = take_strings(launch, p, end, header.directories, NULL);
-	p = take_strings(launch, p, end, header.argc, launch->argv);
-	p = take_strings(launch, p, end, header.envc, launch->env);
+	p = take_strings(launch, p, end, header->directories, NULL);
+	p = take_strings(launch, p, end, header->argc, launch->argv);
+	p = take_strings(launch, p, end, header->envc, launch->env);
 	launch->path = p;
 	if (take_strings(launch, p, end, 1, NULL) != end)
 		fail(launch, STEP_SPEC, -EINVAL, 0);

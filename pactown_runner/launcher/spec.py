@@ -1,7 +1,7 @@
 """What the launcher is told, and how it is laid out for `launch.c`.
 
-A launcher reads its spec from a memfd: a header, rlimits, room for the pointers of argv and env, then strings, each ended by a
-NUL. The other side of this layout is `struct spec` in `launch.c`.
+A launcher reads its spec from a memfd: a header, rlimits, room for the pointers of argv and env, then strings, each
+ended by a NUL. The other side of this layout is `struct spec` in `launch.c`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Directory(NamedTuple):
 
 
 class Rlimit(NamedTuple):
-    """One resource limit (setrlimit(2)). Where raising the hard limit is not permitted, the lower one stays."""
+    """A resource limit (setrlimit(2)). Where raising the hard limit is not permitted, the lower one stays."""
 
     resource: int
     soft: int
@@ -68,10 +68,10 @@ class LaunchSpec:
         uid, gid: in root mode, neither may be 0. Not used in user mode.
         env: the whole environment of the program.
         path: where the program is sought, as the tenant; None takes PATH from `env`, else `DEFAULT_PATH`.
-        directories: entered one after the other; the last is the program's working directory. With none, it is the
-            caller's.
+        directories: entered one after the other; the last is the program's working directory. With none, it is
+            the caller's.
         rlimits: set before privileges are dropped.
-        oom_score_adj: -1000 to 1000, or None to leave it as inherited. Less than inherited needs CAP_SYS_RESOURCE.
+        oom_score_adj: -1000 to 1000, or None to leave it as inherited. Less than that needs CAP_SYS_RESOURCE.
         namespaces: to be unshared.
     """
 
@@ -90,8 +90,8 @@ class LaunchSpec:
         """Return the spec as the launcher reads it.
 
         Raises:
-            SpecError: a value holds a NUL byte, cannot be encoded, or is out of range, or the whole is over 16 MiB. Whether
-                argv and env are too large to be executed is for the kernel to say.
+            SpecError: a value holds a NUL byte, cannot be encoded, or is out of range, or the whole is over 16 MiB.
+                Whether argv and env are too large to be executed is for the kernel to say.
         """
         argv, env = self.argv, self.env
         if not argv:
@@ -106,9 +106,7 @@ class LaunchSpec:
         except UnicodeEncodeError as error:
             raise SpecError(f"the program, its environment or a path cannot be encoded: {error}") from error
         if text.count(b"\0") != len(strings) - 1:
-            raise SpecError(
-                "the program, its environment or a path holds a NUL byte, which no program can be given"
-            )
+            raise SpecError("the program, its environment or a path holds a NUL byte, which no program can be given")
         limits = b"".join([_pack_rlimit(limit) for limit in self.rlimits])
         pointers = bytes(8 * (len(argv) + len(env) + 2))
         size = _HEADER.size + len(limits) + len(pointers) + len(text) + 1

@@ -1,10 +1,10 @@
 """Start a program through the launcher: one call, synchronous or asynchronous, and what it leaves behind.
 
-Both ways end with a child of this process, not yet reaped, whose pid is hence its own. Nothing else stays: the launcher has
-been reaped, the memfd and the pipe are closed.
+Both ways end with a child of this process, not yet reaped, whose pid is hence its own. Nothing else stays: the
+launcher has been reaped, the memfd and the pipe are closed.
 
-What this needs of the process that it runs in: SIGCHLD must not be ignored (`SIG_IGN` makes the kernel reap children by
-itself, and a pid would mean nothing), and nobody may reap children that he did not start (`waitpid(-1)`).
+What this needs of the process that it runs in: SIGCHLD must not be ignored (`SIG_IGN` makes the kernel reap children
+by itself, and a pid would mean nothing), and nobody may reap children that he did not start (`waitpid(-1)`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Started(NamedTuple):
 
     Attributes:
         pid: a child of this process, not yet reaped.
-        pidfd: readable when it has ended; the caller's to wait for (`os.waitid(os.P_PIDFD, ...)`) and to close.
+        pidfd: readable when it has ended; the caller's to reap (`os.waitid(os.P_PIDFD, ...)`) and to close.
         report: what the launcher read back; `limits` is left empty.
     """
 
@@ -130,7 +130,7 @@ def launch_popen(
     stdout: int | None = None,
     stderr: int | None = None,
 ) -> tuple[subprocess.Popen[bytes], IsolationReport]:
-    """Start a program and return it as a `Popen` of the program itself, not of the launcher. Safe in any thread.
+    """Start a program and return a `Popen` of the program itself, not of the launcher. Safe in any thread.
 
     Args:
         cgroup_fd: the directory of the leaf to be born in; None places nowhere.
@@ -166,9 +166,7 @@ def launch_popen(
 
 def _popen(call: Call, stdin: int | None, stdout: int | None, stderr: int | None) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(
-            call.argv, stdin=stdin, stdout=stdout, stderr=stderr, env={}, pass_fds=call.pass_fds
-        )
+        return subprocess.Popen(call.argv, stdin=stdin, stdout=stdout, stderr=stderr, env={}, pass_fds=call.pass_fds)
     except OSError as error:
         raise _no_launcher(error) from error
 
@@ -207,12 +205,12 @@ async def launch_async(
 ) -> Started:
     """Start a program without blocking the event loop, asyncio's own or uvloop.
 
-    On asyncio's loop this is one `asyncio.create_subprocess_exec`. uvloop's spawn copies the page tables, so `Popen`, which
-    does not, takes its place there.
+    On asyncio's loop this is one `asyncio.create_subprocess_exec`. uvloop's spawn copies the page tables, so `Popen`,
+    which does not, takes its place there.
 
-    When cancelled, what was started is killed and reaped before `CancelledError` leaves here; what the program itself may
-    have forked by then is the caller's to kill, through the cgroup. A tenant's own processes can stop a start half-way
-    (SIGSTOP between `setresuid` and `execve`), so give it a time limit.
+    When cancelled, what was started is killed and reaped before `CancelledError` leaves here; what the program itself
+    may have forked by then is the caller's to kill, through the cgroup. A tenant's own processes can stop a start
+    half-way (SIGSTOP between `setresuid` and `execve`), so give it a time limit.
 
     Args:
         cgroup_fd: the directory of the leaf to be born in; None places nowhere.
@@ -291,7 +289,7 @@ async def _decided(call: Call) -> None:
 async def _abandon(call: Call) -> None:
     """Kill and reap the child of a call that failed or was cancelled, if there is one."""
     call.started()
-    # A cancelled `create_subprocess_exec` kills the parent half, perhaps before it could tell the pid: then the child does.
+    # A cancelled `create_subprocess_exec` kills the parent half, perhaps before it could tell the pid. The child does.
     while not call.status.ended and not call.status.pid and not call.read():
         await _readable(call.status_fd)
     if not call.status.pid:
@@ -300,7 +298,7 @@ async def _abandon(call: Call) -> None:
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         await _readable(pidfd)
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)  # noqa: ASYNC222 - it has ended, as was waited for
     finally:
         os.close(pidfd)
 
@@ -308,7 +306,12 @@ async def _abandon(call: Call) -> None:
 async def _readable(fd: int) -> None:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(fd, wake)
     try:
         await ready
     finally:

@@ -42,7 +42,7 @@ STEPS = (
     ),
     *("close_range", "readback", "execve"),
 )
-"""The launcher's steps, in order; `enum step` in `launch.c`. A further one, `launcher`, stands for its sudden end."""
+"""The launcher's steps, in order; `enum step` in `launch.c`. One more, `launcher`, stands for its sudden end."""
 
 _PLACEMENTS: tuple[Placement, ...] = ("none", "born", "joined")
 _HEAD = struct.Struct("<2I")
@@ -55,7 +55,7 @@ _MAX_RECORD = 4096
 
 
 class Failure(NamedTuple):
-    """A step that failed: its name, the kernel's error number, and which of several (rlimit, directory) it was."""
+    """A step that failed: its name, the kernel's error number, and which rlimit or directory it was."""
 
     step: str
     errno: int
@@ -79,7 +79,7 @@ class StatusReader:
     """Takes what comes through the status pipe, and knows what it says so far.
 
     Attributes:
-        pid: the child's, as soon as any record tells it; 0 until then. It may already have ended, but is not yet reaped.
+        pid: the child's, as soon as any record tells it; 0 until then. It may have ended, but is not yet reaped.
         failure: the step that failed, if one has.
         reported: whether the child has read back what holds, and `execve` is next.
         ended: whether the pipe has ended.
@@ -112,9 +112,7 @@ class StatusReader:
         while len(data) - at >= _HEAD.size:
             kind, size = _HEAD.unpack_from(data, at)
             if not _PID.size <= size <= _MAX_RECORD:
-                raise LauncherError(
-                    f"the launcher wrote a record of {size} bytes", remedy="reinstall the package"
-                )
+                raise LauncherError(f"the launcher wrote a record of {size} bytes", remedy="reinstall the package")
             if len(data) - at < size:
                 break
             self._take(kind, data[at : at + size])
@@ -225,7 +223,8 @@ def _execve_message(errno: int, spec: LaunchSpec) -> tuple[str, str | None]:
 def _directory_message(failure: Failure, spec: LaunchSpec) -> str:
     directory = spec.directories[failure.detail] if failure.detail < len(spec.directories) else Directory("?")
     verb = "make or enter" if directory.make else "enter"
-    return f"cannot {verb} directory {str(directory.path)!r} as {_who(spec)}: {os.strerror(failure.errno).lower()}"
+    reason = os.strerror(failure.errno).lower()
+    return f"cannot {verb} directory {str(directory.path)!r} as {_who(spec)}: {reason}"
 
 
 def _who(spec: LaunchSpec) -> str:
