@@ -18,7 +18,7 @@ from types import TracebackType
 
 from .errors import RegistryError
 
-__all__ = ["BUSY_TIMEOUT", "Database", "private_dir"]
+__all__ = ["BUSY_TIMEOUT", "Database", "exclusive", "make_dirs", "private_dir"]
 
 BUSY_TIMEOUT = 10.0
 """Seconds to wait for another process's write. The longest are the durable ones: some milliseconds each."""
@@ -49,11 +49,10 @@ class Database:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         private_dir(path.parent)
-        with _errors(path), _exclusive(path.parent):
+        # Two processes that make one file: the switch to WAL does not wait for a lock, it fails.
+        with _errors(path), exclusive(path.parent):
             _make_private_file(path)
-            self._db = sqlite3.connect(
-                path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
-            )
+            self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
             try:
                 _prepare(self._db, path, application_id, migrations)
             except BaseException:
@@ -98,11 +97,7 @@ def private_dir(path: Path) -> Path:
         RegistryError: it cannot be made, is a symbolic link, is somebody else's, or lets others in.
     """
     try:
-        for parent in reversed(path.parents):
-            with contextlib.suppress(FileExistsError):
-                parent.mkdir(0o711)
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(0o700)
+        make_dirs(path, 0o700)
         found = path.lstat()
     except OSError as error:
         raise RegistryError(f"cannot make the directory {path}: {error}") from error
@@ -119,6 +114,28 @@ def private_dir(path: Path) -> Path:
             remedy=f"chmod 700 {path}, or name a directory of its own",
         )
     return path
+
+
+def make_dirs(path: Path, mode: int) -> None:
+    """Make a directory of this mode, whatever the umask, and its missing parents with mode 0711.
+
+    What exists is left as it is. Raises `OSError`.
+    """
+    for directory in (*reversed(path.parents), path):
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(0o700)
+            directory.chmod(mode if directory == path else 0o711)
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold a lock on a directory, flock(2), against other threads and processes that ask for it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _ours(path: Path, error: sqlite3.Error | OSError) -> RegistryError:
@@ -145,17 +162,6 @@ def _remedy(error: sqlite3.Error | OSError) -> str | None:
         case sqlite3.SQLITE_FULL:
             return "free some space on its file system"
     return None
-
-
-@contextlib.contextmanager
-def _exclusive(directory: Path) -> Iterator[None]:
-    # Two processes that make one file: the switch to WAL does not wait for a lock, it fails.
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _make_private_file(path: Path) -> None:

@@ -224,6 +224,18 @@ class Registry:
         with self._database.durable() as db:
             return db.execute(_ADD_USER, values).rowcount == 1
 
+    def reassign(self, row: UserRow, to: UserRow) -> UserRow:
+        """Give the id of `row`, which is `creating`, the key, login and uid of `to`; durable. Returns `to`."""
+        with self._database.durable() as db:
+            done = db.execute(
+                "UPDATE users SET key = ?, username = ?, uid = ?, gid = ?, home = ?, created_at = ? "
+                "WHERE saas_id = ? AND status = 'creating'",
+                (to.key, to.username, to.uid, to.gid, os.fsencode(to.home), to.created_at, row.saas_id.encode()),
+            ).rowcount
+        if done != 1:
+            raise StateError(f"user {row.username} cannot become {to.username}: it is not being made any more")
+        return to
+
     def mark_ready(self, row: UserRow) -> UserRow:
         """The account is there: `creating` becomes `ready`; durable. Returns the new row."""
         return self._move(row, "ready", "creating")

@@ -19,10 +19,10 @@ from pactown_runner.database import private_dir
 from pactown_runner.errors import AlreadyRunningError, NotFoundError, RegistryError, StateError
 from pactown_runner.registry import ClaimedError, Registry, SandboxRow, UserRow
 
+ROOT = Path(__file__).resolve().parent.parent
 
-def user_row(
-    saas_id: str = "auth0|1", key: str = "aaaaaaaa", uid: int = 64100, virtual: bool = False
-) -> UserRow:
+
+def user_row(saas_id: str = "auth0|1", key: str = "aaaaaaaa", uid: int = 64100, virtual: bool = False) -> UserRow:
     return UserRow(
         saas_id=saas_id,
         key=key,
@@ -35,9 +35,7 @@ def user_row(
     )
 
 
-def sandbox_row(
-    service_id: str = "api", key: str = "aaaaaaaa", run_id: str = "r1", owner: str = "o1"
-) -> SandboxRow:
+def sandbox_row(service_id: str = "api", key: str = "aaaaaaaa", run_id: str = "r1", owner: str = "o1") -> SandboxRow:
     return SandboxRow(
         key=key,
         service_id=service_id,
@@ -69,7 +67,7 @@ def ready(registry: Registry) -> UserRow:
 
 def run_python(source: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", source, *arguments], check=True, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", source, *arguments], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
     )
     return done.stdout
 
@@ -383,6 +381,7 @@ print(won)
 """
     child = subprocess.Popen(
         [sys.executable, "-c", script, str(path), ready.key],
+        cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
