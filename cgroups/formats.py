@@ -40,7 +40,7 @@ _MIN_QUOTA_USEC = 1_000  # kernel/sched/core.c: min_cfs_quota_period, 1 ms
 _MAX_QUOTA_USEC = 2**44 - 1  # kernel/sched/core.c: max_cfs_runtime, in microseconds
 _MAX_BYTES = 2**63 - 1
 _UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([KMGT]?)(?:I?B)?)", re.ASCII)
+_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([KMGT])(?:I?B)?|B)?", re.ASCII)
 _CORES = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(%?)", re.ASCII)
 _COUNT = re.compile(r"[0-9]{1,20}", re.ASCII)
 
@@ -79,7 +79,7 @@ def parse_bytes(value: int | str, *, what: str = "a size") -> int | Max:
         match = _SIZE.fullmatch(text)
         if match is None:
             raise _refused(what, value, accepted)
-        number = int(Fraction(match[1]) * _UNITS[match[2]])
+        number = int(Fraction(match[1]) * _UNITS[match[2] or ""])
     elif type(value) is int:  # a bool is an int too, and never meant as a size
         number = value
     else:

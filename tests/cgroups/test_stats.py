@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from cgroups import Cgroup, FormatError, GoneError, Pressure, Stats, StatsPlan, files, read_stats
+from tests.cgroups.conftest import Start
+from tests.cgroups.fake import make_fake
+
+TEXTS = {
+    "memory.current": "1\n",
+    "memory.peak": "2\n",
+    "memory.swap.current": "3\n",
+    "memory.events.local": "low 0\nhigh 4\nmax 5\noom 6\noom_kill 7\noom_group_kill 0\n",
+    "memory.events": "low 99\nhigh 99\nmax 99\noom 99\noom_kill 99\noom_group_kill 99\n",
+    "cpu.stat": "usage_usec 8\nuser_usec 9\nsystem_usec 10\nnr_periods 0\nnr_throttled 11\nthrottled_usec 12\n",
+    "pids.current": "13\n",
+    "pids.peak": "14\n",
+    "pids.events": "max 15\n",
+    "memory.pressure": "some avg10=1.50 avg60=0.00 avg300=0.00 total=16\nfull avg10=9 avg60=9 avg300=9 total=9\n",
+    "cpu.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=17\n",
+}
+ALL = Stats(
+    memory_current=1, memory_peak=2, memory_swap_current=3,
+    memory_events_high=4, memory_events_max=5, oom=6, oom_kill=7,
+    cpu_usage_usec=8, cpu_user_usec=9, cpu_system_usec=10, cpu_nr_throttled=11, cpu_throttled_usec=12,
+    pids_current=13, pids_peak=14, pids_events_max=15,
+)  # fmt: skip
+
+
+def fill(group: Cgroup) -> None:
+    for name, text in TEXTS.items():
+        (group.path / name).write_text(text)
+
+
+def test_every_counter_comes_from_its_file(fake: Cgroup) -> None:
+    fill(fake)
+    assert fake.stats() == ALL
+
+
+def test_pressure_is_read_when_asked_for(fake: Cgroup) -> None:
+    fill(fake)
+    (fake.path / "io.pressure").unlink()
+    assert fake.stats(pressure=True) == dataclasses.replace(
+        ALL,
+        memory_pressure=Pressure(avg10=1.5, total_usec=16),
+        cpu_pressure=Pressure(avg10=0.0, total_usec=17),
+        io_pressure=None,
+    )
+
+
+def test_what_the_kernel_does_not_offer_is_none_and_never_zero(tmp_path: Path) -> None:
+    with make_fake(tmp_path / "bare.slice", []) as group:
+        assert group.stats() == Stats(cpu_usage_usec=0, cpu_user_usec=0, cpu_system_usec=0)
+
+
+def test_an_older_kernel_without_peaks(fake: Cgroup) -> None:
+    fill(fake)
+    for name in ("memory.peak", "pids.peak"):
+        (fake.path / name).unlink()
+    assert fake.stats() == dataclasses.replace(ALL, memory_peak=None, pids_peak=None)
+
+
+def test_files_are_looked_for_once_for_each_set_of_controllers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = StatsPlan()
+    with (
+        make_fake(tmp_path / "a.scope") as one,
+        make_fake(tmp_path / "b.scope") as twin,
+        make_fake(tmp_path / "c.scope", ["pids"]) as other,
+    ):
+        fill(twin)
+        read_stats(one.fd, plan)
+        looked: list[str] = []
+        real = files.exists
+        monkeypatch.setattr(files, "exists", lambda fd, name: looked.append(name) or real(fd, name))
+        assert read_stats(twin.fd, plan) == ALL
+        assert looked == []
+        assert read_stats(other.fd, plan).pids_current == 0
+        assert looked != []
+        assert read_stats(other.fd, plan).memory_current is None
+
+
+def test_garbage_is_an_error_and_not_a_number(fake: Cgroup) -> None:
+    (fake.path / "memory.current").write_text("many\n")
+    with pytest.raises(FormatError):
+        fake.stats()
+
+
+def test_stats_survive_json(fake: Cgroup) -> None:
+    fill(fake)
+    stats = fake.stats()
+    assert Stats(**json.loads(json.dumps(stats.to_dict()))) == stats
+
+
+@pytest.mark.host
+def test_a_real_cgroup_counts_cpu_time(group: Cgroup, start: Start) -> None:
+    start("i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo ready; read x < /dev/zero")
+    stats = group.stats(pressure=True)
+    assert stats.cpu_usage_usec is not None
+    assert stats.cpu_usage_usec > 0
+    offered = group.controllers()
+    assert (stats.memory_current is None) == ("memory" not in offered)
+    assert (stats.pids_current is None) == ("pids" not in offered)
+    has_pressure = os.path.exists(group.path / "cpu.pressure")
+    assert (stats.cpu_pressure is not None) == has_pressure
+
+
+@pytest.mark.host
+def test_a_removed_cgroup_has_no_counters(group: Cgroup) -> None:
+    assert group.stats().cpu_usage_usec == 0
+    group.remove()
+    with pytest.raises(GoneError):
+        group.stats()
