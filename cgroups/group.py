@@ -220,8 +220,8 @@ class Cgroup:
         """Stop everything in it and below it, and wait until it stands still. Killing it still works.
 
         Raises:
-            FrozenTimeoutError: not all stood still within `timeout` seconds, such as a parent in `vfork`. The
-                request stands until `thaw`.
+            FrozenTimeoutError: not all stood still within `timeout` seconds, such as one that waits for a dead disk.
+                The request stands until `thaw`.
         """
         self._freeze(True, timeout)
 

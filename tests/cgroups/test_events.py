@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cgroups import Cgroup, Events, GoneError, NotSupportedError, Watch, find_mount, read_events
+from cgroups.events import wait_until
 from tests.cgroups.conftest import Start
 from tests.cgroups.test_processes import IDLE
 
@@ -41,13 +42,9 @@ def test_freezing_is_an_event_too(group: Cgroup, start: Start) -> None:
     start(IDLE)
     with Watch(group.fd) as watch:
         group.request_freeze(True)
-        while not watch.current.frozen:
-            assert watch.wait(10)
-            watch.read()
+        assert wait_until(watch, lambda events: events.frozen, 10)
         group.request_freeze(False)
-        while watch.current.frozen:
-            assert watch.wait(10)
-            watch.read()
+        assert wait_until(watch, lambda events: not events.frozen, 10)
         assert watch.current.populated
 
 

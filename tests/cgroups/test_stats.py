@@ -76,7 +76,12 @@ def test_files_are_looked_for_once_for_each_set_of_controllers(tmp_path: Path, m
         read_stats(one.fd, plan)
         looked: list[str] = []
         real = files.exists
-        monkeypatch.setattr(files, "exists", lambda fd, name: looked.append(name) or real(fd, name))
+
+        def exists(dir_fd: int, name: str) -> bool:
+            looked.append(name)
+            return real(dir_fd, name)
+
+        monkeypatch.setattr(files, "exists", exists)
         assert read_stats(twin.fd, plan) == ALL
         assert looked == []
         assert read_stats(other.fd, plan).pids_current == 0
