@@ -80,9 +80,7 @@ class Settings:
         return os.geteuid() == 0
 
     @classmethod
-    def load(
-        cls, *, config: Path | None = None, environ: Mapping[str, str] | None = None, **given: Any
-    ) -> Self:
+    def load(cls, *, config: Path | None = None, environ: Mapping[str, str] | None = None, **given: Any) -> Self:
         """Return the settings of this process: what is `given`, then `PACTOWN_*` variables, then the TOML file.
 
         Args:

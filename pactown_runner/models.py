@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from cgroups import Limits, Stats
+from cgroups import FormatError, Limits, Stats
 
 from .errors import SpecError
 
@@ -144,6 +145,30 @@ class SandboxSpec:
             return ("/bin/sh", "-c", self.command) if self.command else ("",)
         return tuple(self.command) or ("",)
 
+    def to_json(self) -> str:
+        """Write the spec down, for `from_json`."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["env"] = dict(self.env)
+        values["cwd"] = None if self.cwd is None else str(self.cwd)
+        values["limits"] = None if self.limits is None else self.limits.to_dict()
+        values["namespaces"] = sorted(self.namespaces)
+        return json.dumps(values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            SpecError: it is no spec.
+        """
+        try:
+            values = json.loads(text)
+            values["limits"] = None if values["limits"] is None else Limits.from_dict(values["limits"])
+            values["namespaces"] = frozenset(values["namespaces"])
+            return cls(**values)
+        except (FormatError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise SpecError(f"not a sandbox's spec: {error}") from error
+
 
 def _refuse_nul(what: str, text: str) -> None:
     if "\0" in text:
@@ -196,6 +221,13 @@ class IsolationReport:
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-serializable dictionary."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read what `to_dict` gave, also after a detour through JSON."""
+        lists = ("uid", "gid", "groups", "namespaces")
+        values = {name: tuple(value) if name in lists else value for name, value in values.items()}
+        return cls(**values)
 
 
 Reason = Literal["exited", "signaled", "oom-killed", "timed-out", "stopped", "failed-to-start", "lost"]

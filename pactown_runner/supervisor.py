@@ -1,0 +1,272 @@
+"""All sandboxes of one process: admission, start, stop, and what dead owners left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import anyio
+from anyio import to_thread
+
+from .config import Settings
+from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError
+from .logs import LogHub, LogPaths, read_log
+from .models import IsolatedUser, LogRecord, Outcome, SandboxSpec
+from .outcomes import failed_to_start
+from .owners import Owner
+from .recovery import Found, claim_left_behind, end_left_behind, sweep
+from .registry import Kind, Registry
+from .sandbox import Host, Sandbox
+from .trees import open_tree
+from .users import Users
+
+__all__ = ["Supervisor", "SupervisorUsers"]
+
+_log = logging.getLogger(__name__)
+
+THREADS = 8
+"""For what may block on the way to and from each sandbox: microseconds as a rule, the disk's latency at worst."""
+
+Role = Literal["server", "one-shot"]
+
+
+class Supervisor:
+    """Starts and looks after sandboxes, for as long as the `async with` lasts. What it started ends with it.
+
+    Several supervisors, in one or many processes, may share one state: each sandbox belongs to one of them. What a
+    dead one left is taken over by the others: one-shot runs are ended by whoever comes first, services go on under a
+    supervisor of the role `server`.
+
+    Args:
+        users_base: where homes are. Given alone, and other than the default, it keeps the whole state below it.
+        settings: all settings instead.
+        role: `one-shot` for a process that does not stay to look after services.
+
+    Attributes:
+        settings: as they are in effect.
+        users: the SaaS users and their identities on this host.
+    """
+
+    def __init__(
+        self, users_base: Path | None = None, *, settings: Settings | None = None, role: Role = "server"
+    ) -> None:
+        if settings is None:
+            settings = Settings.load(users_base=users_base)
+        elif users_base is not None:
+            raise SpecError("give users_base or settings, not both")
+        self.settings = settings
+        self._role = role
+        self._host: Host | None = None
+        self._held = ExitStack()
+        self._sandboxes: dict[tuple[str, str], Sandbox] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._patrol: asyncio.Task[None] | None = None
+
+    # Its life ---------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        hub = LogHub()
+        self._held.callback(hub.close)
+        try:
+            self._host = host = await to_thread.run_sync(self._open, hub)
+            self.users = SupervisorUsers(host.users)
+            await self._take_over(host)
+            await host.in_thread(sweep, host)
+        except BaseException:
+            await self._close()
+            raise
+        self._patrol = asyncio.create_task(self._watch_owners(host), name="pactown-owners")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._patrol is not None:
+            self._patrol.cancel()
+            await asyncio.wait([self._patrol])
+        with anyio.CancelScope(shield=True):
+            await self._close()
+
+    def _open(self, hub: LogHub) -> Host:
+        settings = self.settings
+        with ExitStack() as held:
+            registry = held.enter_context(Registry(settings.state_dir / "registry.db"))
+            owner = held.enter_context(Owner(settings.state_dir))
+            tree = open_tree(
+                cgroup_slice=settings.cgroup_slice,
+                state_id=registry.state_id,
+                tenant_limits=settings.tenant_limits,
+            )
+            held.callback(tree.close)
+            users = Users(settings, registry)
+            threads = held.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="pactown"))
+            self._held.push(held.pop_all())
+        return Host(settings=settings, registry=registry, users=users, tree=tree, hub=hub, owner=owner, threads=threads)
+
+    async def _close(self) -> None:
+        async with anyio.create_task_group() as stopping:
+            for sandbox in list(self._sandboxes.values()):
+                stopping.start_soon(_stop_quietly, sandbox)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._host = None
+        self._held.close()
+
+    # Sandboxes --------------------------------------------------------------------------------------------------
+
+    async def start(self, spec: SandboxSpec) -> Sandbox:
+        """Start a service, and return when its program has been executed. Makes the user if there is none.
+
+        Raises:
+            StartError: the program could not be started; nothing is left of it.
+            AlreadyRunningError: this user's service runs, here or under another owner.
+            LimitsError: a limit cannot be enforced on this host.
+            AccountError: the user's account could not be made, or is not what it was.
+        """
+        sandbox = self._begin(spec, "service")
+        try:
+            await sandbox.started()
+        except anyio.get_cancelled_exc_class():
+            await _end_abandoned(sandbox)
+            raise
+        return sandbox
+
+    async def run(self, spec: SandboxSpec) -> Outcome:
+        """Start a one-shot run, wait for its end, and say how it ended; cancelled, it ends the run first.
+
+        A program that cannot be started is an outcome here, `failed-to-start`; the other errors of `start` are raised.
+        """
+        sandbox = self._begin(spec, "run")
+        try:
+            return await sandbox.wait()
+        except StartError as error:
+            return failed_to_start(error)
+        except anyio.get_cancelled_exc_class():
+            await _end_abandoned(sandbox)
+            raise
+
+    async def start_run(self, spec: SandboxSpec) -> Sandbox:
+        """Start a one-shot run as `run` does, and return it as `start` does: to be fed, followed and waited for."""
+        sandbox = self._begin(spec, "run")
+        try:
+            await sandbox.started()
+        except anyio.get_cancelled_exc_class():
+            await _end_abandoned(sandbox)
+            raise
+        return sandbox
+
+    def get(self, user_id: str, service_id: str) -> Sandbox:
+        """The live sandbox of this name.
+
+        Raises:
+            NotFoundError: this supervisor has none.
+        """
+        try:
+            return self._sandboxes[user_id, service_id]
+        except KeyError:
+            raise NotFoundError(f"no sandbox {service_id!r} of user {user_id!r} runs here") from None
+
+    def list(self, user_id: str | None = None) -> list[Sandbox]:
+        """The live sandboxes of this supervisor, or those of one user."""
+        return [sandbox for sandbox in self._sandboxes.values() if user_id in (None, sandbox.user_id)]
+
+    async def stop(self, user_id: str, service_id: str, grace: float | None = None) -> Outcome:
+        """Stop a sandbox, see `Sandbox.stop`.
+
+        Raises:
+            NotFoundError: this supervisor has none of this name.
+        """
+        return await self.get(user_id, service_id).stop(grace)
+
+    async def logs(
+        self, user_id: str, service_id: str, *, tail: int | None = None, since: int = 0
+    ) -> AsyncIterator[LogRecord]:
+        """What a service has printed so far, over all its runs; it need not run.
+
+        Args:
+            tail: begin with the last so many records.
+            since: begin behind the record of this sequence number.
+        """
+        user = await self.users.get(user_id)
+        if user is None:
+            raise NotFoundError(f"there is no user {user_id!r}")
+        paths = LogPaths(self.settings.log_dir, self.settings.run_dir, user.key)
+        async for record in read_log(paths.log(service_id), tail=tail, since_seq=since):
+            yield record
+
+    def _begin(self, spec: SandboxSpec, kind: Kind) -> Sandbox:
+        if self._host is None:
+            raise StateError("the supervisor is not running", remedy="use it within `async with`")
+        name = (spec.user_id, spec.service_id)
+        if name in self._sandboxes:
+            raise AlreadyRunningError(f"service {spec.service_id!r} of user {spec.user_id!r} runs already")
+        return self._watch_over(Sandbox(self._host, spec, kind, self._forget))
+
+    def _watch_over(self, sandbox: Sandbox, found: Found | None = None) -> Sandbox:
+        self._sandboxes[sandbox.user_id, sandbox.service_id] = sandbox
+        task = asyncio.create_task(sandbox.live(found.row if found else None))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return sandbox
+
+    def _forget(self, sandbox: Sandbox) -> None:
+        del self._sandboxes[sandbox.user_id, sandbox.service_id]
+
+    # What dead owners left --------------------------------------------------------------------------------------
+
+    async def _watch_owners(self, host: Host) -> None:
+        while True:
+            await anyio.sleep(self.settings.takeover_interval)
+            try:
+                await self._take_over(host)
+            except RunnerError as error:
+                _log.error("cannot take over what another supervisor left: %s", error)
+
+    async def _take_over(self, host: Host) -> None:
+        services = self._role == "server"
+        for found in await host.in_thread(lambda: claim_left_behind(host, services=services)):
+            if found.row.kind == "service" and found.scope is not None and self.settings.on_crash == "adopt":
+                sandbox = Sandbox(
+                    host, SandboxSpec.from_json(found.row.spec), "service", self._forget, run_id=found.row.run_id
+                )
+                await self._watch_over(sandbox, found).started()
+            else:
+                await end_left_behind(host, found)
+
+
+class SupervisorUsers:
+    """The SaaS users of a supervisor, asynchronously; see `users.Users`."""
+
+    def __init__(self, users: Users) -> None:
+        self._users = users
+
+    async def get_or_create(self, user_id: str) -> IsolatedUser:
+        """The user of this id; an account is made if there is none."""
+        return await to_thread.run_sync(self._users.get_or_create, user_id)
+
+    async def get(self, user_id: str) -> IsolatedUser | None:
+        """The user of this id, or None."""
+        return await to_thread.run_sync(self._users.get, user_id)
+
+    async def list(self) -> list[IsolatedUser]:
+        """All users, oldest first."""
+        return await to_thread.run_sync(self._users.list)
+
+
+async def _stop_quietly(sandbox: Sandbox) -> None:
+    try:
+        await sandbox.stop()
+    except RunnerError as error:
+        _log.error("%r could not be stopped in order: %s", sandbox, error)
+
+
+async def _end_abandoned(sandbox: Sandbox) -> None:
+    """Whoever waited for it was cancelled: nobody would ever look after it."""
+    with anyio.CancelScope(shield=True):
+        await _stop_quietly(sandbox)

@@ -1,0 +1,319 @@
+"""Where in the host's cgroup v2 tree sandboxes live: `<tree>/pactown-<key>.slice/<service>.scope`.
+
+A slice is a tenant and carries the tenant's limits; a scope is a sandbox, or with a leading `_` one of the runner's
+own jobs. Each slice and scope is marked with the id of the state that it belongs to, so that two states on one host
+never touch each other's. Processes are only ever placed in scopes: a cgroup whose controllers are enabled for its
+children takes no process itself (Documentation/admin-guide/cgroup-v2.rst, "No Internal Process Constraint").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from cgroups import Cgroup, CgroupError, GoneError, Limits, Mount, delegated, find_mount, own_directory
+
+from .errors import LimitsError, TreeError
+from .models import IsolationReport
+
+__all__ = ["SANDBOXES_UNIT", "Main", "Scope", "Tree", "apply_limits", "open_tree", "slice_name"]
+
+SANDBOXES_UNIT = "pactown-sandboxes.service"
+"""The delegated systemd unit that holds the tree. It outlives every supervisor, so that none takes sandboxes along."""
+
+_WANTED = frozenset({"cpu", "memory", "pids"})
+_STATE, _RUN, _MAIN = "pactown.state", "pactown.run", "pactown.main"
+_KEEPER = "_keeper.scope"
+
+_KEEP = f"""\
+cg=/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)
+mkdir -p "$cg/{_KEEPER}" && echo 0 > "$cg/{_KEEPER}/cgroup.procs" && exec sleep infinity"""
+"""Runs in the delegated unit: its only process steps aside into a leaf, since the unit's own cgroup enables controllers
+(systemd's `DelegateSubgroup=` does the same from version 254 on; Debian 12 has 252). It is started by the shell so
+that nothing of this package has to exist while the unit runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A scope found in the tree: the names of its slice and its own, with their endings, and the run it is for."""
+
+    slice_name: str
+    name: str
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Main:
+    """A scope's first process, written onto the cgroup for a successor: it lasts exactly as long as what it names.
+
+    Attributes:
+        pid: its number, and...
+        start_time: ...when it started, in clock ticks since boot (`proc_pid_stat(5)`, field 22): the two name it.
+        isolation: what was reported when it started.
+    """
+
+    pid: int
+    start_time: int
+    isolation: IsolationReport
+
+    @classmethod
+    def of(cls, pid: int, isolation: IsolationReport) -> Self:
+        """Describe a process that is not yet reaped."""
+        return cls(pid, _start_time(pid), isolation)
+
+    def mark(self, scope: Cgroup) -> None:
+        """Write it onto the scope."""
+        scope.mark(_MAIN, json.dumps([self.pid, self.start_time, self.isolation.to_dict()]).encode())
+
+    @classmethod
+    def read(cls, scope: Cgroup) -> Self | None:
+        """Read it from the scope, if it is there."""
+        if (raw := scope.marks(_MAIN)) is None:
+            return None
+        pid, start_time, isolation = json.loads(raw)
+        return cls(pid, start_time, IsolationReport.from_dict(isolation))
+
+    def pidfd(self) -> int | None:
+        """A descriptor of this very process, or None if it has been reaped."""
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return None
+        # Only now is it known whose descriptor that is.
+        try:
+            if _start_time(self.pid) == self.start_time:
+                return fd
+        except ProcessLookupError:
+            pass
+        os.close(fd)
+        return None
+
+
+def _start_time(pid: int) -> int:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except FileNotFoundError as error:
+        raise ProcessLookupError(pid) from error
+    # The name, in parentheses, may itself hold spaces and parentheses.
+    return int(stat.rpartition(b")")[2].split()[19])
+
+
+class Tree:
+    """The cgroups of one state. Thread-safe."""
+
+    def __init__(self, root: Cgroup, state_id: str, tenant_limits: Limits) -> None:
+        self.root = root
+        self._state_id = state_id.encode()
+        self._tenant_limits = tenant_limits
+        self._counts_memory = "memory" in root.enabled()
+        self._slices: dict[str, Cgroup] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Let go of the tree, and remove the slices that this process used and nobody uses any more."""
+        with self._lock:
+            for group in self._slices.values():
+                with group:
+                    _remove_if_unused(group)
+            self._slices.clear()
+        self.root.close()
+
+    def slice(self, key: str) -> Cgroup:
+        """The tenant's slice, made with the tenant's limits if it is not there.
+
+        Raises:
+            LimitsError: a tenant limit cannot be enforced here.
+            TreeError: a slice of that name belongs to another state.
+        """
+        with self._lock:
+            group = self._slices.get(key)
+            if group is None:
+                group = self._slices[key] = self._make_slice(slice_name(key))
+            return group
+
+    def tenant_oom(self, key: str) -> int:
+        """How often the tenant as a whole ran into its `memory.max`; always 0 where memory is not controlled."""
+        return self.slice(key).stats().oom or 0 if self._counts_memory else 0
+
+    def scope(self, key: str, name: str, run_id: str) -> Cgroup:
+        """Make the scope `<name>.scope` in the tenant's slice, marked with the state and the run."""
+        try:
+            scope = self.slice(key).child(f"{name}.scope", create=True)
+        except GoneError:
+            # Another process of this state found the slice empty and removed it.
+            with self._lock:
+                self._slices.pop(key).close()
+            scope = self.slice(key).child(f"{name}.scope", create=True)
+        try:
+            scope.mark(_STATE, self._state_id)
+            scope.mark(_RUN, run_id.encode())
+        except BaseException:
+            scope.remove()
+            scope.close()
+            raise
+        return scope
+
+    def open_scope(self, slice_: str, name: str) -> Cgroup:
+        """Open the scope of this name, ending included.
+
+        Raises:
+            GoneError: it has been removed since.
+        """
+        with self.root.child(slice_) as parent:
+            return parent.child(name)
+
+    def scopes(self) -> Iterator[Scope]:
+        """All scopes that bear this state's mark."""
+        for slice_ in _closing(self.root.children()):
+            if slice_.marks(_STATE) == self._state_id:
+                for scope in _closing(slice_.children()):
+                    if scope.marks(_STATE) == self._state_id:
+                        yield Scope(slice_.name, scope.name, (scope.marks(_RUN) or b"").decode())
+
+    def _make_slice(self, name: str) -> Cgroup:
+        group = self.root.child(name, create=True, exist_ok=True)
+        try:
+            owner = group.marks(_STATE)
+            if owner not in (None, self._state_id):
+                raise TreeError(
+                    f"{group.path} belongs to another state of the runner",
+                    remedy="give one of the two a cgroup_slice of its own",
+                )
+            if owner is None:
+                group.mark(_STATE, self._state_id)
+            _enable_wanted(group)
+            apply_limits(group, self._tenant_limits)
+        except BaseException:
+            _remove_if_unused(group)
+            group.close()
+            raise
+        return group
+
+
+def slice_name(key: str) -> str:
+    """The name of the slice of the tenant with this key."""
+    return f"pactown-{key}.slice"
+
+
+def apply_limits(group: Cgroup, limits: Limits) -> dict[str, str]:
+    """Write limits; return what the kernel answers for each file. All of them hold, or none is changed.
+
+    Raises:
+        LimitsError: one of them cannot be enforced here, or was refused.
+    """
+    if not limits:
+        return {}
+    try:
+        return dict(group.apply(limits))
+    except CgroupError as error:
+        raise LimitsError(error.message, remedy=error.remedy) from error
+
+
+def open_tree(*, cgroup_slice: str, state_id: str, tenant_limits: Limits) -> Tree:
+    """Find the place for sandboxes on this host, and make it if it is not there.
+
+    As root under systemd that is a delegated unit, as root elsewhere a cgroup at the top of the mount, and for other
+    users their own delegated cgroup.
+
+    Raises:
+        TreeError: there is no cgroup v2 mount, or no place in it that this process may use.
+    """
+    try:
+        mount = find_mount()
+        if os.geteuid() != 0:
+            root = _in_own_cgroup(mount, cgroup_slice)
+        elif Path("/run/systemd/system").is_dir() and not mount.hybrid:
+            root = _in_delegated_unit(mount, cgroup_slice)
+        else:
+            root = _at_top(mount, cgroup_slice)
+        _enable_wanted(root)
+    except (CgroupError, OSError) as error:
+        remedy = error.remedy if isinstance(error, CgroupError) else None
+        raise TreeError(f"no place for sandboxes in the cgroup tree: {error}", remedy=remedy) from error
+    return Tree(root, state_id, tenant_limits)
+
+
+def _at_top(mount: Mount, cgroup_slice: str) -> Cgroup:
+    with Cgroup.open(mount.path) as top:
+        return _below(top, cgroup_slice)
+
+
+def _in_own_cgroup(mount: Mount, cgroup_slice: str) -> Cgroup:
+    own = Path(own_directory(mount))
+    if own.name == _KEEPER:
+        own = own.parent
+    if not delegated(own):
+        raise TreeError(
+            f"this process's cgroup {own} is not delegated to it",
+            remedy="start it with: systemd-run --user --scope -p Delegate=yes COMMAND",
+        )
+    with Cgroup.open(own) as group:
+        return _below(group, cgroup_slice)
+
+
+def _below(group: Cgroup, cgroup_slice: str) -> Cgroup:
+    if _WANTED & group.controllers() - group.enabled():
+        _step_aside(group)
+        _enable_wanted(group)
+    return group.child(cgroup_slice, create=True, exist_ok=True)
+
+
+def _step_aside(group: Cgroup) -> None:
+    """Move this process into a leaf, if it sits in `group`: else no controller can be enabled there."""
+    # Only the real top of the hierarchy has no `cgroup.type`, and is exempt from the rule; a container's top has one.
+    if os.path.exists(f"{group.path}/cgroup.type") and os.getpid() in group.pids():
+        with group.child(_KEEPER, create=True, exist_ok=True) as leaf:
+            leaf.move_here(os.getpid())
+
+
+def _in_delegated_unit(mount: Mount, cgroup_slice: str) -> Cgroup:
+    path = Path(mount.path, cgroup_slice, SANDBOXES_UNIT)
+    if not (path / _KEEPER).is_dir():
+        _start_unit(cgroup_slice)
+    return Cgroup.open(path)
+
+
+def _start_unit(cgroup_slice: str) -> None:
+    command = [
+        "systemd-run",
+        "--quiet",
+        "--collect",
+        f"--unit={SANDBOXES_UNIT}",
+        f"--slice={cgroup_slice}",
+        "--property=Delegate=yes",
+        "--property=Description=Sandboxes of pactown-runner",
+        "--property=KillMode=control-group",
+        "--property=OOMPolicy=continue",
+        "--property=TasksMax=infinity",
+        "/bin/sh",
+        "-c",
+        _KEEP,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise TreeError(f"systemd did not start {SANDBOXES_UNIT}: {done.stderr.strip()}")
+
+
+def _enable_wanted(group: Cgroup) -> None:
+    """Enable what can be enabled. What is missing matters only, and is said, where a limit needs it."""
+    if missing := _WANTED & group.controllers() - group.enabled():
+        group.enable(missing)
+
+
+def _closing(groups: Iterator[Cgroup]) -> Iterator[Cgroup]:
+    for group in groups:
+        with group:
+            yield group
+
+
+def _remove_if_unused(group: Cgroup) -> None:
+    # Busy: somebody else's sandbox lives in it. Gone: somebody else removed it first.
+    with suppress(CgroupError):
+        group.remove()
