@@ -200,6 +200,7 @@ _PLACE_REASONS = {
     EBUSY: "it passes controllers on to children, so it takes no process itself",
     EOPNOTSUPP: "it is a threaded or invalid cgroup",
     ENODEV: "it was removed",
+    ENOENT: "it was removed",
     EACCES: "permission denied",
 }
 
