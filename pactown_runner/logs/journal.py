@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 from .errors import LogError
@@ -29,8 +30,15 @@ class Journal:
         """Whether it is open."""
         return self._fd >= 0
 
-    def open(self) -> Position:
-        """Open the log, made if it is missing, cut off a last line that a crash tore, and say how far it is.
+    def open(self, run_id: str, *, resumed: bool) -> tuple[int, tuple[int, int]]:
+        """Open the log, made if it is missing, and cut off a last line that a crash tore.
+
+        Args:
+            run_id: the run that will be written.
+            resumed: whether the log may hold records of it already.
+
+        Returns:
+            The number of the last record, and how much of the run's two streams is in the log.
 
         Raises:
             OSError: it cannot be made, opened or read.
@@ -42,12 +50,15 @@ class Journal:
             private_directory(os.path.dirname(self.path))
             fd = os.open(self.path, _FLAGS | os.O_CREAT, 0o600)
         try:
-            position = _recover(fd, self.path)
+            last = _recover(fd, self.path)
+            ends = last.ends if last.run_id == run_id else (0, 0)
+            if resumed and last.seq and last.run_id != run_id:
+                ends = _last_of(fd, run_id)
         except BaseException:
             os.close(fd)
             raise
         self._fd = fd
-        return position
+        return last.seq, ends
 
     def write(self, batch: bytes) -> None:
         """Append whole lines.
@@ -98,3 +109,25 @@ def _after_newline(fd: int, end: int) -> int:
             return begin + found + 1
         end = begin
     return 0
+
+
+def _last_of(fd: int, run_id: str) -> tuple[int, int]:
+    """How much of an earlier run's streams is in the log. Other runs of the service have written since."""
+    # The very bytes: inside a JSON string each quotation mark has a backslash before it.
+    mark = b'"run":' + json.dumps(run_id, ensure_ascii=False).encode() + b","
+    end = os.fstat(fd).st_size
+    while end > 0:
+        begin = max(0, end - _STEP)
+        found = os.pread(fd, end - begin + len(mark), begin).rfind(mark)
+        if found >= 0:
+            first = _after_newline(fd, begin + found)
+            return parse_position(_line(fd, first)).ends
+        end = begin
+    return 0, 0
+
+
+def _line(fd: int, offset: int) -> bytes:
+    line = b""
+    while b"\n" not in line[-_STEP:] and (block := os.pread(fd, _STEP, offset + len(line))):
+        line += block
+    return line[: line.find(b"\n") + 1]

@@ -59,6 +59,16 @@ class LogPaths:
         stem = f"{self.log_dir}/pactown_{self.key}/.spool/{service_id}.{run_id}"
         return f"{stem}.{_ENDINGS[0]}", f"{stem}.{_ENDINGS[1]}"
 
+    def prepare(self) -> None:
+        """Make the directories that all tenants share. `LogPump.create` relies on it that they are private.
+
+        Raises:
+            OSError: they cannot be made.
+            LogError: others than their owner can enter them.
+        """
+        private_directory(self.fifo_dir)
+        private_directory(str(self.log_dir))
+
     def leftovers(self) -> set[tuple[str, str]]:
         """`(service id, run id)` of this tenant's runs that have a FIFO or a spool, alive or left behind."""
         found: set[tuple[str, str]] = set()

@@ -52,7 +52,8 @@ class LogPump:
         retry: seconds to wait after a full or failing disk.
 
     Attributes:
-        feed: what readers wait for.
+        feed: what readers wait for; it also tells when `error` appears.
+        written: the number of the last record in the log; 0 until the first, or until `adopt`.
         error: why nothing is being written now, or None. It goes on by itself when the reason has gone.
     """
 
@@ -75,11 +76,13 @@ class LogPump:
         self.run_id = run_id
         self.feed = feed if feed is not None else LogFeed()
         self.error: LogError | None = None
+        self.written = 0
         self._owns_feed = feed is None
         self._uid = uid
         self._gid = gid
         self._hub = hub
         self._owns_hub = hub is None
+        self._resumed = False
         self._started = False
         self._retry = retry
         out, err = paths.fifos(service_id, run_id)
@@ -122,6 +125,7 @@ class LogPump:
         Raises:
             OSError, LogError: what is left of the run cannot be opened.
         """
+        self._resumed = True
         try:
             for fifo in self._fifos:
                 try:
@@ -215,6 +219,7 @@ class LogPump:
     async def _drain(self, owed: list[int]) -> None:
         journal, spools = self._open_files()
         journal.flush()
+        self.written = self._seq
         busy = True
         while busy or any(owed):
             busy = False
@@ -297,6 +302,7 @@ class LogPump:
         )
         self._seq += len(lines)
         self._journal.write(b"".join(lines))
+        self.written = self._seq
         spool.give_back(self._ends[index])
         self.feed.notify()
         return more
@@ -309,8 +315,7 @@ class LogPump:
         out, err = self.paths.spools(self.service_id, self.run_id)
         spools = (Spool(out), Spool(err))
         try:
-            position = journal.open()
-            ends = position.ends if position.run_id == self.run_id else (0, 0)
+            seq, ends = journal.open(self.run_id, resumed=self._resumed)
             for spool, end in zip(spools, ends, strict=True):
                 spool.open(end)
         except BaseException:
@@ -318,7 +323,7 @@ class LogPump:
             for spool in spools:
                 spool.close()
             raise
-        self._seq = position.seq
+        self._seq = self.written = seq
         self._ends = list(ends)
         self._logger = record_logger(self.user_id, self.service_id, self.run_id)
         self._journal, self._spools = journal, spools
@@ -328,6 +333,7 @@ class LogPump:
         """Stop until the disk may have recovered; what is not written waits in FIFO and spool."""
         self.error = self._trouble(error)
         self._deafen()
+        self.feed.notify()
         if self._hub is not None and self._timer is None:
             self._timer = self._hub.loop.call_later(self._retry, self._resume)
 
@@ -336,6 +342,7 @@ class LogPump:
         try:
             if self._journal is not None:
                 self._journal.flush()
+                self.written = self._seq
         except OSError as error:
             self._stall(error)
             return

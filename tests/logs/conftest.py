@@ -1,0 +1,90 @@
+"""Pumps with real FIFOs and real writers, in a directory that goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from pactown_runner.logs import LogHub, LogPaths, LogPump, read_log
+from pactown_runner.models import LogRecord
+
+USER = "auth0|123456"
+MakePump = Callable[..., LogPump]
+T = TypeVar("T")
+Write = Callable[..., Awaitable[asyncio.subprocess.Process]]
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> LogPaths:
+    return LogPaths(tmp_path / "log", tmp_path / "run", "aabbccdd")
+
+
+@pytest.fixture
+async def hub() -> AsyncIterator[LogHub]:
+    hub = LogHub()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+async def make_pump(paths: LogPaths, hub: LogHub) -> AsyncIterator[MakePump]:
+    """Makes pumps of this test's hub; those still open at its end are detached."""
+    pumps: list[LogPump] = []
+
+    def make(service_id: str = "api", run_id: str = "r1", **options: Any) -> LogPump:
+        known: dict[str, Any] = {"paths": paths, "hub": hub, "uid": os.geteuid(), "gid": os.getegid()}
+        pump = LogPump(user_id=USER, service_id=service_id, run_id=run_id, **(known | options))
+        pumps.append(pump)
+        return pump
+
+    yield make
+    for pump in pumps:
+        pump.detach()
+
+
+@pytest.fixture
+async def write() -> AsyncIterator[Write]:
+    """Starts a program on a pump's FIFOs; what still runs at the test's end is killed."""
+    programs: list[asyncio.subprocess.Process] = []
+
+    async def start(pump: LogPump, *command: str, **options: Any) -> asyncio.subprocess.Process:
+        out, err = pump.child_fds
+        program = await asyncio.create_subprocess_exec(*command, stdout=out, stderr=err, **options)
+        programs.append(program)
+        pump.close_child_fds()
+        return program
+
+    yield start
+    for program in programs:
+        if program.returncode is None:
+            program.kill()
+        await program.wait()
+
+
+@pytest.fixture
+def no_fd_leak() -> Iterator[None]:
+    """For tests that close all they open by themselves."""
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+async def records(paths: LogPaths, service_id: str = "api", **options: Any) -> list[LogRecord]:
+    """The service's log as it stands."""
+    return [record async for record in read_log(paths.log(service_id), **options)]
+
+
+async def soon(work: Coroutine[Any, Any, T], seconds: float = 10) -> T:
+    """Await `work`, and fail rather than hang."""
+    return await asyncio.wait_for(work, seconds)
+
+
+async def written(pump: LogPump, until: Callable[[], bool]) -> None:
+    """Wait for changes of the pump's log until the condition holds."""
+    while not until():
+        await pump.feed.changed(pump.feed.version)
