@@ -24,7 +24,7 @@ LEAKER = """
     import json, os, subprocess, sys
     from pathlib import Path
     import pytest
-    from tests import hostguard
+    from tests import hostguard, hostsweep
 
     def test_makes_one_of_each_and_is_cut_short(pytestconfig):
         run = pytestconfig.stash[hostguard.RUN]
