@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from cgroups import Cgroup, GoneError
 
+from .host import Host
 from .logs import LogPaths, LogPump
 from .registry import SandboxRow
-from .sandbox import Host
 from .trees import Scope, slice_name
 
 __all__ = ["Found", "claim_left_behind", "end_left_behind", "sweep"]

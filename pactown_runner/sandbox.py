@@ -19,58 +19,32 @@ import secrets
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar, TypeVarTuple
 
 import anyio
 
 from cgroups import CgroupError, FrozenTimeoutError, GoneError, Limits, Stats, WaitTimeoutError
 
-from .config import Settings
 from .errors import RunnerError, StartError, StateError
+from .host import Host
 from .launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_async
-from .logs import LogError, LogHub, LogPaths, LogPump, read_log
+from .logs import LogError, LogPaths, LogPump, read_log
 from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, Reason, SandboxSpec, State
 from .outcomes import ExitStatus, outcome_of
-from .owners import Owner
-from .registry import Kind, Registry, SandboxRow
-from .trees import Main, Tree, apply_limits, slice_name
-from .users import Users
+from .registry import Kind, SandboxRow
+from .trees import Main, apply_limits, slice_name
 
 __all__ = ["Host", "Sandbox", "tenant_environment"]
 
 _log = logging.getLogger(__name__)
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 
 START_TIMEOUT = 30.0
 """Seconds in which the launcher must have executed the program. It takes milliseconds."""
 
 FREEZE_TIMEOUT = 10.0
 """Seconds in which the kernel must have frozen or thawed a sandbox. It waits for running system calls only."""
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What the sandboxes of one supervisor share."""
-
-    settings: Settings
-    registry: Registry
-    users: Users
-    tree: Tree
-    hub: LogHub
-    owner: Owner
-    threads: ThreadPoolExecutor
-
-    async def in_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
-        """Do what may block in one of the supervisor's own threads, which nothing else can keep busy.
-
-        A call that has begun goes on when the caller is cancelled.
-        """
-        return await asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
 
 
 class Sandbox:

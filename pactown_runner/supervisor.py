@@ -16,13 +16,14 @@ from anyio import to_thread
 
 from .config import Settings
 from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError
+from .host import Host
 from .logs import LogHub, LogPaths, read_log
 from .models import IsolatedUser, LogRecord, Outcome, SandboxSpec
 from .outcomes import failed_to_start
 from .owners import Owner
 from .recovery import Found, claim_left_behind, end_left_behind, sweep
 from .registry import Kind, Registry
-from .sandbox import Host, Sandbox
+from .sandbox import Sandbox
 from .trees import open_tree
 from .users import Users
 

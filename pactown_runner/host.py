@@ -1,0 +1,41 @@
+"""What the sandboxes and jobs of one supervisor share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar, TypeVarTuple
+
+from .config import Settings
+from .logs import LogHub
+from .owners import Owner
+from .registry import Registry
+from .trees import Tree
+from .users import Users
+
+__all__ = ["Host"]
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What the sandboxes of one supervisor share."""
+
+    settings: Settings
+    registry: Registry
+    users: Users
+    tree: Tree
+    hub: LogHub
+    owner: Owner
+    threads: ThreadPoolExecutor
+
+    async def in_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Do what may block in one of the supervisor's own threads, which nothing else can keep busy.
+
+        A call that has begun goes on when the caller is cancelled.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self.threads, call, *args)
