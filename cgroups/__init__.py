@@ -2,6 +2,14 @@
 
 Standard library only, synchronous, and it logs nothing. The words are the kernel's; its
 `Documentation/admin-guide/cgroup-v2.rst` explains them.
+
+    with Cgroup.open(find_mount().path) as top, top.child("job.scope", create=True) as job:
+        job.apply(Limits(memory_max="256M", cpu_max=0.5, pids_max=64))
+        ...  # start something in it, by `clone3(CLONE_INTO_CGROUP)` with `job.fd`
+        job.kill()
+        job.wait_empty()
+        print(job.stats())
+        job.remove()
 """
 
 from .errors import (

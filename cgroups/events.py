@@ -23,6 +23,9 @@ __all__ = ["Events", "Watch", "read_events", "wait_until"]
 
 _OPEN = os.O_RDONLY | os.O_CLOEXEC
 _CHUNK = 1024
+# The kernel may hold a notice back for so long (`Watch` tells why); whoever blocks anyway looks again meanwhile.
+_HELD_BACK = 0.020  # seconds
+_LOOK_AGAIN = 0.001  # seconds
 
 
 class HasFileno(Protocol):
@@ -62,9 +65,9 @@ def read_events(dir_fd: int) -> Events:
 class Watch:
     """Tells when a cgroup's events change. Close it, or use it as a context manager.
 
-    The kernel holds back a second notice about one file until 10 ms after the first
-    (`CGROUP_FILE_NOTIFY_MIN_INTV`), so the end of a cgroup that lived for less is heard that much late. Who
-    has another sign of the end, such as a pidfd, calls `refresh` then.
+    The kernel holds back a second notice about one file until 10 ms after the first (`CGROUP_FILE_NOTIFY_MIN_INTV`,
+    rounded up to its clock's ticks), so the end of a cgroup that lived for less is heard 10 to 20 ms late instead of
+    within 1 ms. Who has another sign of the end, such as a pidfd, calls `refresh` then.
 
     Args:
         cgroup: a `Cgroup`, or the descriptor of its directory; it need not stay open.
@@ -169,10 +172,14 @@ class Watch:
 
 def wait_until(watch: Watch, done: Callable[[Events], bool], timeout: float | None) -> bool:
     """Wait until `done` holds for what the watch reads; False if it does not within `timeout` seconds."""
-    deadline = None if timeout is None else time.monotonic() + timeout
-    while not done(watch.current):
-        if not watch.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
-            # The kernel may hold back its last notice for 10 ms.
-            return done(watch.refresh())
-        watch.refresh()
+    began = time.monotonic()
+    deadline = None if timeout is None else began + timeout
+    while not done(watch.refresh()):
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            return False
+        pause = None if deadline is None else deadline - now
+        if now - began < _HELD_BACK:
+            pause = _LOOK_AGAIN if pause is None else min(pause, _LOOK_AGAIN)
+        watch.wait(pause)
     return True

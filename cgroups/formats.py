@@ -7,7 +7,6 @@ Pure functions. The formats are those of the kernel's `Documentation/admin-guide
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from typing import Final, Literal, NamedTuple
 
 from .errors import FormatError
@@ -40,7 +39,7 @@ _MIN_QUOTA_USEC = 1_000  # kernel/sched/core.c: min_cfs_quota_period, 1 ms
 _MAX_QUOTA_USEC = 2**44 - 1  # kernel/sched/core.c: max_cfs_runtime, in microseconds
 _MAX_BYTES = 2**63 - 1
 _UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([KMGT])(?:I?B)?|B)?", re.ASCII)
+_SIZE = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,20}))?\s*(?:([KMGT])(?:I?B)?|B)?", re.ASCII)
 _CORES = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(%?)", re.ASCII)
 _COUNT = re.compile(r"[0-9]{1,20}", re.ASCII)
 
@@ -79,7 +78,8 @@ def parse_bytes(value: int | str, *, what: str = "a size") -> int | Max:
         match = _SIZE.fullmatch(text)
         if match is None:
             raise _refused(what, value, accepted)
-        number = int(Fraction(match[1]) * _UNITS[match[2] or ""])
+        unit, fraction = _UNITS[match[3] or ""], match[2] or "0"
+        number = int(match[1]) * unit + int(fraction) * unit // 10 ** len(fraction)  # exact, as floats are not
     elif type(value) is int:  # a bool is an int too, and never meant as a size
         number = value
     else:
@@ -104,9 +104,9 @@ def parse_cpu(value: float | str, *, what: str = "a CPU limit") -> CpuQuota:
         match = _CORES.fullmatch(text)
         if match is None:
             raise _refused(what, value, accepted)
-        cores = Fraction(match[1]) / (100 if match[2] else 1)
-    elif type(value) in (int, float) and 0 < value < float("inf"):
-        cores = Fraction(value)
+        cores = float(match[1]) / (100 if match[2] else 1)
+    elif type(value) in (int, float) and 0 < value <= _MAX_QUOTA_USEC:  # NaN is in no range
+        cores = float(value)
     else:
         raise _refused(what, value, accepted)
     quota = round(cores * CPU_PERIOD_USEC)

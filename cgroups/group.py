@@ -236,7 +236,6 @@ class Cgroup:
     def _freeze(self, frozen: bool, timeout: float | None) -> None:
         with self.watch(memory=False) as watch:
             self.request_freeze(frozen)
-            watch.refresh()
             if not wait_until(watch, lambda events: events.frozen == frozen, timeout):
                 word = "freeze" if frozen else "thaw"
                 raise FrozenTimeoutError(

@@ -80,7 +80,25 @@ def test_cpu_is_cores_or_percent_of_one(value: float | str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [0, 0.0, -1, 0.009, "0%", "half", "50 000", "1/2", float("nan"), float("inf"), "inf", 1e300, True, None]
+    "value",
+    [
+        0,
+        0.0,
+        -1,
+        0.009,
+        "0%",
+        "half",
+        "50 000",
+        "1/2",
+        float("nan"),
+        float("inf"),
+        "inf",
+        1e300,
+        10**400,
+        "9" * 20,
+        True,
+        None,
+    ],
 )
 def test_what_is_no_amount_of_cpu_is_refused(value: Any) -> None:
     with pytest.raises(FormatError, match="cpu_max cannot be"):

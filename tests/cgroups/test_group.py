@@ -254,7 +254,10 @@ def test_no_descriptor_is_left(group: Cgroup, start: Start) -> None:
             child.remove()
         with pytest.raises(GoneError):
             group.child("a.scope")
+        assert group.signal(0) == len(group.pids(recursive=True)) == 1
 
+    with group.child("b.scope", create=True) as busy:
+        start("echo ready; read x < /dev/zero", busy)
     once()
     before = descriptors()
     for _ in range(20):
