@@ -36,6 +36,8 @@ READ_BYTES = 1 << 17
 """The most that one turn renders of a stream. More than a piece, or a long line would never be cut."""
 TURN_RECORDS = 256
 """The most records that one turn renders of a stream, about 2 ms of work for both."""
+CAP_BYTES = 256 << 20
+"""Of one service's log, its two files together: a million short lines are 140 MB."""
 RETRY_SECONDS = 0.25
 """How long to wait after a full or failing disk."""
 
@@ -49,6 +51,7 @@ class LogPump:
         caller closes it when no run will follow. Without one the pump has its own,
             and closes it in `finish`.
         hub: shared with all pumps of the loop; without one the pump has its own, which costs more.
+        cap: the most bytes that the service's log takes; beyond it the oldest half is dropped. None for no end.
         retry: seconds to wait after a full or failing disk.
 
     Attributes:
@@ -68,6 +71,7 @@ class LogPump:
         gid: int,
         feed: LogFeed | None = None,
         hub: LogHub | None = None,
+        cap: int | None = CAP_BYTES,
         retry: float = RETRY_SECONDS,
     ) -> None:
         self.paths = paths
@@ -84,6 +88,7 @@ class LogPump:
         self._owns_hub = hub is None
         self._resumed = False
         self._started = False
+        self._cap = cap
         self._retry = retry
         out, err = paths.fifos(service_id, run_id)
         self._fifos = (Fifo(out), Fifo(err))
@@ -175,7 +180,7 @@ class LogPump:
         if self._journal is not None or owed != [0, 0]:
             try:
                 await self._drain(owed)
-            except OSError as error:
+            except (OSError, LogError) as error:
                 self.error = self._trouble(error)
                 raise self.error from error
         self.error = None
@@ -311,7 +316,7 @@ class LogPump:
         """Log and spools, opened when first needed: most short runs write nothing."""
         if self._journal is not None and self._spools is not None:
             return self._journal, self._spools
-        journal = Journal(self.paths.log(self.service_id))
+        journal = Journal(self.paths.log(self.service_id), self._cap)
         out, err = self.paths.spools(self.service_id, self.run_id)
         spools = (Spool(out), Spool(err))
         try:

@@ -1,7 +1,7 @@
 """Reading a log: from any point, any number of times, while it is being written.
 
-Each reader has its own place in the file, so a slow one holds up nobody. A reader in the writer's process
-waits for the `LogFeed`; one elsewhere looks at the file's size again after `poll` seconds.
+Each reader has its own place in the files, so a slow one holds up nobody. A reader in the writer's process waits for
+the `LogFeed`; one elsewhere looks again after `poll` seconds.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from contextlib import ExitStack, suppress
+from io import FileIO
 
-import aiofiles
+from aiofiles.threadpool import wrap
 
 from ..models import LogRecord
 from .feed import LogFeed
-from .records import loader, parse_record
+from .journal import PREVIOUS
+from .records import loader, parse_record, run_mark
+from .seek import places
 
 __all__ = ["POLL_SECONDS", "read_log"]
 
@@ -23,7 +26,6 @@ CHUNK_BYTES = 1 << 16
 """Read and parsed at once: about 1 ms of the loop."""
 POLL_SECONDS = 0.2
 """Between two looks of a reader that follows without a feed."""
-_BLOCK = 1 << 16
 
 
 async def read_log(
@@ -32,17 +34,23 @@ async def read_log(
     follow: bool = False,
     since_seq: int = 0,
     tail: int | None = None,
+    start: int = 0,
+    run_id: str | None = None,
     feed: LogFeed | None = None,
     ended: Callable[[], bool] | None = None,
     poll: float = POLL_SECONDS,
 ) -> AsyncGenerator[LogRecord, None]:
     """The records of a log, in order. A log that does not exist has none yet.
 
+    A number that is more than one higher than the one before tells how many records the log's cap dropped.
+
     Args:
         path: the log file.
         follow: wait for more at the end, until the feed is closed or `ended` says so and all has been read.
         since_seq: leave out the records up to this number.
         tail: begin with the last so many records at most.
+        start: the offset of a line that is known to be no later than the first one wanted.
+        run_id: only this run's records.
         feed: the writing pump's, if it is in this process and loop.
         ended: asked by a reader without feed, before each read: whether no more can come.
         poll: seconds between two looks, without a feed.
@@ -50,124 +58,110 @@ async def read_log(
     Raises:
         LogError: a whole line of the file is no record.
     """
-    load = loader()
-
-    def over() -> bool:
-        """Asked before a read: what is written before it is asked is in that read."""
-        return not follow or (feed.closed if feed is not None else ended is not None and ended())
-
-    async def more(seen: int) -> None:
-        if feed is not None:
-            await feed.changed(seen)
-        else:
-            await asyncio.sleep(poll)
-
+    cursor = _Cursor(path=path, follow=follow, seq=since_seq, feed=feed, ended=ended, poll=poll)
     while True:
-        seen, last = feed.version if feed is not None else 0, over()
-        try:
-            file = await aiofiles.open(path, "rb", buffering=0)
-            break
-        except FileNotFoundError:
-            if last:
+        cursor.look()
+        with ExitStack() as stack:
+            files = [stack.enter_context(file) for file in _open(path)]
+            begins = await asyncio.to_thread(places, [file.fileno() for file in files], cursor.seq, tail)
+            for file, begin in zip(files, begins, strict=True):
+                async for record in cursor.read(file, begin, newest=file is files[-1]):
+                    yield record
+            if cursor.done:
                 return
-        await more(seen)
+            if not files:
+                await cursor.more()
+        tail = None
 
-    try:
-        place = await asyncio.to_thread(_start, file.fileno(), since_seq, tail)
-        await file.seek(place)
-        rest = b""
-        while True:
-            seen, last = feed.version if feed is not None else 0, over()
-            chunk = await file.read(CHUNK_BYTES)
+
+class _Cursor:
+    """One reader's place, over the files that are the log by turns."""
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        follow: bool,
+        seq: int,
+        feed: LogFeed | None,
+        ended: Callable[[], bool] | None,
+        poll: float,
+    ) -> None:
+        self.seq = seq
+        self.done = False
+        self._path = path
+        self._follow = follow
+        self._feed = feed
+        self._ended = ended
+        self._poll = poll
+        self._version = 0
+        self._load = loader()
+
+    def look(self) -> None:
+        """Asked before a read: what was written before it is in that read."""
+        if self._feed is not None:
+            self._version = self._feed.version
+            self.done = not self._follow or self._feed.closed
+        else:
+            self.done = not self._follow or (self._ended is not None and self._ended())
+
+    async def more(self) -> None:
+        """Wait until there may be more than at the last look."""
+        if self._feed is not None:
+            await self._feed.changed(self._version)
+        else:
+            await asyncio.sleep(self._poll)
+
+    async def read(self, file: FileIO, place: int, *, newest: bool) -> AsyncGenerator[LogRecord, None]:
+        """The records of one file from `place` on. Of the newest, until it is done or another takes its place."""
+        # A log that grows as fast as it is read has an end for those who do not follow.
+        stop = os.fstat(file.fileno()).st_size if newest and not self._follow else None
+        reading, rest = wrap(file), b""
+        file.seek(place)
+        while stop is None or place < stop:
+            self.look()
+            replaced = newest and self._follow and _replaced(self._path, file)
+            chunk = await reading.read(CHUNK_BYTES)
             lines = (rest + chunk).split(b"\n")
             rest = lines.pop()
             for line in lines:
-                record = parse_record(line, load)
-                if record.seq > since_seq:
+                record = parse_record(line, self._load)
+                if record.seq > self.seq:
+                    self.seq = record.seq
                     yield record
             place += sum(map(len, lines)) + len(lines)
             if len(chunk) == CHUNK_BYTES:
                 continue
-            if rest:
-                # A half line at the end of the file may be cut off by a pump that takes over: it is read
-                # anew.
-                rest = b""
-                await file.seek(place)
-            if not chunk or not lines:
-                if last:
-                    return
-                await more(seen)
-    finally:
-        await file.close()
+            # A half line at the end may be cut off by a pump that takes over: it is read anew.
+            rest = b""
+            file.seek(place)
+            if lines:
+                continue
+            if replaced:
+                self.done = False
+            if not newest or replaced or self.done:
+                return
+            await self.more()
 
 
-def _start(fd: int, since_seq: int, tail: int | None) -> int:
-    """The offset of the first record that is wanted, or a little before it."""
-    size = os.fstat(fd).st_size
-    place = _after_seq(fd, size, since_seq) if since_seq > 0 else 0
-    return max(place, _tail(fd, size, tail)) if tail is not None else place
+def _open(path: str) -> list[FileIO]:
+    """The files of a log, oldest first."""
+    while True:
+        with ExitStack() as stack:
+            files: list[FileIO] = []
+            # The newer first: what becomes the older one between the two is opened twice, but nothing is missed.
+            for name in (path, path + PREVIOUS):
+                with suppress(FileNotFoundError):
+                    files.insert(0, stack.enter_context(FileIO(name)))
+            newest = files[-1] if files else None
+            if newest is None or newest.name != path or not _replaced(path, newest):
+                stack.pop_all()
+                return files
 
 
-def _tail(fd: int, size: int, count: int) -> int:
-    """The offset of the last `count` whole lines."""
-    wanted = count + 1
-    end = size
-    while end > 0:
-        begin = max(0, end - _BLOCK)
-        block = os.pread(fd, end - begin, begin)
-        newlines = block.count(b"\n")
-        if newlines >= wanted:
-            at = len(block)
-            for _ in range(wanted):
-                at = block.rfind(b"\n", 0, at)
-            return begin + at + 1
-        wanted -= newlines
-        end = begin
-    return 0
-
-
-def _after_seq(fd: int, size: int, seq: int) -> int:
-    """An offset of a line at or before the first with a higher number: numbers rise, so halve the file."""
-    load: Callable[[bytes], Any] = loader()
-    low, high = 0, size
-    while high - low > _BLOCK:
-        middle = (low + high) // 2
-        begin = _line_after(fd, middle, high)
-        if begin is None:
-            high = middle
-            continue
-        line = _line_at(fd, begin, high)
-        if line is None or parse_record(line, load).seq > seq:
-            high = middle
-        else:
-            low = begin
-    return low
-
-
-def _line_after(fd: int, offset: int, end: int) -> int | None:
-    """Where the first line after `offset` begins, if before `end`."""
-    while offset < end:
-        block = os.pread(fd, min(_BLOCK, end - offset), offset)
-        found = block.find(b"\n")
-        if found >= 0:
-            return offset + found + 1 if offset + found + 1 < end else None
-        if not block:
-            break
-        offset += len(block)
-    return None
-
-
-def _line_at(fd: int, offset: int, end: int) -> bytes | None:
-    """The line at `offset`, or None if it is not whole before `end`."""
-    parts: list[bytes] = []
-    while offset < end:
-        block = os.pread(fd, min(_BLOCK, end - offset), offset)
-        if not block:
-            break
-        found = block.find(b"\n")
-        if found >= 0:
-            parts.append(block[:found])
-            return b"".join(parts)
-        parts.append(block)
-        offset += len(block)
-    return None
+def _replaced(path: str, file: FileIO) -> bool:
+    """Whether another file has the log's name now. While none has it, the next one is about to come."""
+    try:
+        return not os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

@@ -9,7 +9,6 @@ output.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 
 from .errors import LogError
@@ -23,7 +22,6 @@ PUNCH_STEP = 1 << 20
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
-_CANNOT_PUNCH = {errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class Spool:
@@ -40,11 +38,6 @@ class Spool:
         self.size = 0
         self._fd = -1
         self._punched = 0
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it is open."""
-        return self._fd >= 0
 
     def open(self, start: int) -> None:
         """Open the spool, made if it is missing; everything before offset `start` is in the log.
@@ -96,9 +89,9 @@ class Spool:
         """Let the file system have the space before offset `upto`, in steps of `PUNCH_STEP`."""
         if upto - self._punched < PUNCH_STEP:
             return
-        end = upto - upto % PUNCH_STEP
-        _punch(self._fd, self._punched, end - self._punched)
-        self._punched = end
+        # Each time from the beginning: what is a hole already costs nothing, and what failed once is tried again.
+        self._punched = upto - upto % PUNCH_STEP
+        _punch(self._fd, self._punched)
 
     def close(self) -> None:
         """Close it; the file stays."""
@@ -113,17 +106,13 @@ class Spool:
             os.unlink(self.path)
 
 
-def _punch(fd: int, offset: int, length: int) -> None:
-    """Deallocate a range, `fallocate(2)`; kept where the file system cannot do it.
+def _punch(fd: int, upto: int) -> None:
+    """Deallocate what lies before an offset, `fallocate(2)`.
 
-    Raises:
-        OSError: it failed for another reason.
+    Where that fails, as on a file system that knows no holes, the spool takes more room, and is right all the same.
     """
-    import ctypes  # noqa: PLC0415 - 10 ms that a process without long-lived sandboxes need not pay
+    import ctypes  # noqa: PLC0415 - 10 ms that a process without chatty sandboxes need not pay
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    arguments = (ctypes.c_int64(offset), ctypes.c_int64(length))
-    if libc.fallocate64(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, *arguments) != 0:
-        number = ctypes.get_errno()
-        if number not in _CANNOT_PUNCH:
-            raise OSError(number, os.strerror(number))
+    libc = ctypes.CDLL(None)
+    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+    libc.fallocate64(fd, mode, ctypes.c_int64(0), ctypes.c_int64(upto))

@@ -79,6 +79,11 @@ async def records(paths: LogPaths, service_id: str = "api", **options: Any) -> l
     return [record async for record in read_log(paths.log(service_id), **options)]
 
 
+async def gather(reading: AsyncIterator[LogRecord]) -> list[int]:
+    """The numbers of all records that a reader gives."""
+    return [record.seq async for record in reading]
+
+
 async def soon(work: Coroutine[Any, Any, T], seconds: float = 10) -> T:
     """Await `work`, and fail rather than hang."""
     return await asyncio.wait_for(work, seconds)

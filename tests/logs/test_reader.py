@@ -3,15 +3,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from pactown_runner.logs import LogError, LogFeed, LogPaths, read_log
 from pactown_runner.logs.records import record_logger
-from pactown_runner.models import LogRecord
-from tests.logs.conftest import USER, MakePump, Write, records, soon, written
+from tests.logs.conftest import USER, MakePump, Write, gather, records, soon, written
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
 
@@ -31,10 +29,6 @@ def lines(first: int, last: int, *, width: int = 0) -> bytes:
     )
 
 
-async def gather(reading: AsyncIterator[LogRecord]) -> list[int]:
-    return [record.seq async for record in reading]
-
-
 async def test_a_log_that_does_not_exist_has_no_records(paths: LogPaths) -> None:
     assert await records(paths) == []
 
@@ -50,6 +44,30 @@ async def test_since_and_tail(log: Path, paths: LogPaths, width: int) -> None:
         assert [r.seq for r in await records(paths, tail=number)] == last
     assert [r.seq for r in await records(paths, since_seq=count - 3, tail=10)] == [count - 2, count - 1, count]
     assert [r.seq for r in await records(paths, since_seq=count - 10, tail=2)] == [count - 1, count]
+
+
+async def test_since_and_tail_over_two_files(log: Path, paths: LogPaths) -> None:
+    log.with_name("api.jsonl.1").write_bytes(lines(1001, 4000))
+    assert [r.seq for r in await records(paths, tail=2)] == [3999, 4000]
+    log.write_bytes(lines(4001, 8000))
+    for number in (0, 1001, 2500, 4000, 4001, 6000, 8000):
+        assert [r.seq for r in await records(paths, since_seq=number)] == [*range(max(1001, number + 1), 8001)]
+    for number in (0, 1, 4000, 4001, 6999, 7000, 9000):
+        assert [r.seq for r in await records(paths, tail=number)] == [*range(max(1001, 8001 - number), 8001)]
+
+
+async def test_a_follower_goes_on_when_a_full_log_is_replaced(log: Path) -> None:
+    feed = LogFeed()
+    log.write_bytes(lines(1, 2))
+    reading = read_log(str(log), follow=True, feed=feed)
+    assert [(await anext(reading)).seq for _ in range(2)] == [1, 2]
+    with log.open("ab") as file:
+        file.write(lines(3, 4))
+    for first in (5, 7):
+        log.rename(log.with_name("api.jsonl.1"))
+        log.write_bytes(lines(first, first + 1))
+    feed.close()
+    assert await soon(gather(reading)) == [3, 4, 5, 6, 7, 8]
 
 
 async def test_a_half_line_at_the_end_is_left_alone(log: Path, paths: LogPaths) -> None:
