@@ -16,9 +16,8 @@ import select
 import signal
 import subprocess
 from asyncio.base_events import BaseEventLoop
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..errors import LauncherError, StartError
 from ..models import IsolationReport
@@ -29,6 +28,7 @@ __all__ = ["Call", "Started", "launch_async", "launch_popen", "launcher_path"]
 
 _BINARY = Path(__file__).resolve().parent / "launch"
 _READ_BYTES = 16384
+T = TypeVar("T")
 
 
 class Started(NamedTuple):
@@ -230,27 +230,39 @@ async def launch_async(
             launched = await _through_popen(call, stdin, stdout, stderr)
         return Started(launched.pid, os.pidfd_open(launched.pid), launched.report)
     except BaseException:
-        await _finish(_abandon(call))
+        await _finish(asyncio.ensure_future(_abandon(call)))
         raise
     finally:
         call.close()
 
 
 async def _through_asyncio(call: Call, stdin: int, stdout: int, stderr: int) -> Launched:
-    try:
-        launcher = await asyncio.create_subprocess_exec(
+    spawn = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
             *call.argv, stdin=stdin, stdout=stdout, stderr=stderr, env={}, pass_fds=call.pass_fds
         )
+    )
+    try:
+        # When it is cancelled, asyncio kills what it started: the parent half, perhaps before it could tell the child's
+        # pid. Then nobody would know whom to reap.
+        await asyncio.shield(spawn)
+        call.started()
+        await _decided(call)
     except OSError as error:
         raise _no_launcher(error) from error
-    call.started()
-    try:
-        await _decided(call)
     finally:
-        # It ends long before the program is executed: as a rule this does not wait.
-        if launcher.returncode is None:
-            await _finish(launcher.wait())
+        await _reap_launcher(spawn)
     return call.status.result()
+
+
+async def _reap_launcher(spawn: asyncio.Future[asyncio.subprocess.Process]) -> None:
+    try:
+        launcher = await _finish(spawn)
+    except OSError:  # there is none; the caller has, or will not miss, the reason
+        return
+    # It ends long before the program is executed: as a rule this does not wait.
+    if launcher.returncode is None:
+        await _finish(asyncio.ensure_future(launcher.wait()))
 
 
 async def _through_popen(call: Call, stdin: int, stdout: int, stderr: int) -> Launched:
@@ -287,11 +299,12 @@ async def _decided(call: Call) -> None:
 
 
 async def _abandon(call: Call) -> None:
-    """Kill and reap the child of a call that failed or was cancelled, if there is one."""
+    """Kill and reap the child of a call that failed or was cancelled, if there is one. The launcher has been reaped."""
     call.started()
-    # A cancelled `create_subprocess_exec` kills the parent half, perhaps before it could tell the pid. The child does.
-    while not call.status.ended and not call.status.pid and not call.read():
-        await _readable(call.status_fd)
+    # Once the parent half has ended, the pipe holds the pid of the child, if there is one.
+    if not call.status.ended:
+        with contextlib.suppress(LauncherError):
+            call.read()
     if not call.status.pid:
         return
     pidfd = os.pidfd_open(call.status.pid)
@@ -318,15 +331,15 @@ async def _readable(fd: int) -> None:
         loop.remove_reader(fd)
 
 
-async def _finish(work: Coroutine[Any, Any, object]) -> None:
+async def _finish(work: asyncio.Future[T]) -> T:
     """Wait for `work`, which no cancellation cuts short. One that comes meanwhile is raised afterwards."""
-    task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
-    while not task.done():
+    while not work.done():
         try:
-            await asyncio.wait([task])
+            await asyncio.wait([work])
         except asyncio.CancelledError as error:
             cancelled = error
-    task.result()
+    result = work.result()
     if cancelled is not None:
         raise cancelled
+    return result

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import uvloop
 
 from pactown_runner.launcher import LaunchSpec
 from tests import hostsweep
@@ -58,8 +59,14 @@ def spec(tenant: int) -> MakeSpec:
     return make
 
 
+@pytest.fixture(scope="session")
+def uvloop_is_warm() -> None:
+    """uvloop's library makes a pipe for signals once a process, and keeps it."""
+    uvloop.new_event_loop().close()
+
+
 @pytest.fixture
-def leaves_nothing() -> Iterator[None]:
+def leaves_nothing(uvloop_is_warm: None) -> Iterator[None]:
     """The test ends with the descriptors that it began with, and with no child, ended or not."""
     before = _descriptors()
     yield
