@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 from .errors import LogError
 from .paths import private_directory
-from .records import Position, parse_position
+from .records import Position, parse_position, run_mark
 
 __all__ = ["PREVIOUS", "Journal"]
 
@@ -142,8 +141,7 @@ def _after_newline(fd: int, end: int) -> int:
 
 def _last_of(fd: int, run_id: str) -> tuple[int, int] | None:
     """How much of a run's streams is in the log, though others may have written since; None if nothing."""
-    # The very bytes: inside a JSON string each quotation mark has a backslash before it.
-    mark = b'"run":' + json.dumps(run_id, ensure_ascii=False).encode() + b","
+    mark = run_mark(run_id)
     end = os.fstat(fd).st_size
     while end > 0:
         begin = max(0, end - _STEP)

@@ -34,7 +34,6 @@ async def read_log(
     follow: bool = False,
     since_seq: int = 0,
     tail: int | None = None,
-    start: int = 0,
     run_id: str | None = None,
     feed: LogFeed | None = None,
     ended: Callable[[], bool] | None = None,
@@ -49,8 +48,7 @@ async def read_log(
         follow: wait for more at the end, until the feed is closed or `ended` says so and all has been read.
         since_seq: leave out the records up to this number.
         tail: begin with the last so many records at most.
-        start: the offset of a line that is known to be no later than the first one wanted.
-        run_id: only this run's records.
+        run_id: leave out the records of other runs.
         feed: the writing pump's, if it is in this process and loop.
         ended: asked by a reader without feed, before each read: whether no more can come.
         poll: seconds between two looks, without a feed.
@@ -58,7 +56,7 @@ async def read_log(
     Raises:
         LogError: a whole line of the file is no record.
     """
-    cursor = _Cursor(path=path, follow=follow, seq=since_seq, feed=feed, ended=ended, poll=poll)
+    cursor = _Cursor(path=path, follow=follow, seq=since_seq, run_id=run_id, feed=feed, ended=ended, poll=poll)
     while True:
         cursor.look()
         with ExitStack() as stack:
@@ -83,6 +81,7 @@ class _Cursor:
         path: str,
         follow: bool,
         seq: int,
+        run_id: str | None,
         feed: LogFeed | None,
         ended: Callable[[], bool] | None,
         poll: float,
@@ -96,6 +95,7 @@ class _Cursor:
         self._poll = poll
         self._version = 0
         self._load = loader()
+        self._mark = b"" if run_id is None else run_mark(run_id)
 
     def look(self) -> None:
         """Asked before a read: what was written before it is in that read."""
@@ -125,6 +125,8 @@ class _Cursor:
             lines = (rest + chunk).split(b"\n")
             rest = lines.pop()
             for line in lines:
+                if self._mark not in line:
+                    continue
                 record = parse_record(line, self._load)
                 if record.seq > self.seq:
                     self.seq = record.seq
