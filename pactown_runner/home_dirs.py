@@ -29,7 +29,8 @@ def make_home(users_base: Path, name: str, uid: int, gid: int) -> None:
     try:
         make_dirs(users_base, 0o711)
         if os.geteuid() == 0:
-            for directory in users_base.parents:
+            # As it is written and as it is: links on the way are followed, and must be nobody else's to change.
+            for directory in {*users_base.parents, *users_base.resolve().parents}:
                 _check_passage(directory)
         base = os.open(users_base, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:

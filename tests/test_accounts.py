@@ -12,8 +12,10 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -201,23 +203,74 @@ def test_verify_sees_a_second_login_with_the_same_uid(accounts: Accounts, row: U
         accounts.verify(row.user())
 
 
+@pytest.fixture
+def let_passwd_go() -> Iterator[Callable[[], None]]:
+    """The lock that other programs which add users hold: a file with a live process's pid. This lets it go."""
+    path = Path("/etc/passwd.lock")
+    while True:
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            os.sched_yield()  # somebody else's, for some milliseconds
+            continue
+        break
+    held = ExitStack()
+    held.callback(path.unlink)
+    with held:
+        os.write(fd, f"{os.getpid()}\0".encode())
+        os.close(fd)
+        yield held.close
+
+
 @pytest.mark.host
-def test_a_held_passwd_lock_is_waited_for(accounts: Accounts, row: UserRow, monkeypatch: pytest.MonkeyPatch) -> None:
-    tries: list[float] = []
-    monkeypatch.setattr(accounts_module, "LOCK_PAUSES", (0.001,))
+def test_a_held_passwd_lock_is_waited_for(
+    accounts: Accounts, row: UserRow, let_passwd_go: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+    real = subprocess.run
 
-    def first_two_are_locked_out(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        tries.append(0)
-        code, said = ((1, "useradd: cannot lock /etc/passwd; try again later.\n"), (0, ""))[len(tries) > 2]
-        return subprocess.CompletedProcess(command, code, "", said)
+    def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        done: subprocess.CompletedProcess[str] = real(*arguments, **options)
+        codes.append(done.returncode)
+        if codes.count(1) == 2:
+            let_passwd_go()
+        return done
 
-    monkeypatch.setattr(subprocess, "run", first_two_are_locked_out)
-    assert accounts_module._run(["useradd", "x"]).returncode == 0
-    assert len(tries) == 3
+    monkeypatch.setattr(subprocess, "run", run)
+    accounts.create(row)
+    assert codes == [0, 1, 1, 0]  # the group, then the login's three tries
+    accounts.verify(row.user())
+
+
+@pytest.mark.host
+def test_patience_ends(
+    accounts: Accounts, row: UserRow, let_passwd_go: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(accounts_module, "LOCK_PATIENCE", 0.0)
-    tries.clear()
-    assert accounts_module._run(["useradd", "x"]).returncode == 1
-    assert len(tries) == 1
+    with pytest.raises(AccountError, match="cannot lock /etc/passwd"):
+        accounts.create(row)
+    let_passwd_go()
+    accounts.create(row)
+
+
+@pytest.mark.host
+def test_what_a_dead_processs_useradd_made_meanwhile_is_taken(
+    accounts: Accounts, row: UserRow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = accounts_module._run
+    codes: list[int] = []
+
+    def run_after_another_did(command: list[str]) -> subprocess.CompletedProcess[str]:
+        real(command)
+        done = real(command)
+        codes.append(done.returncode)
+        return done
+
+    monkeypatch.setattr(accounts_module, "_run", run_after_another_did)
+    with accounts.lock():
+        accounts.create(row)
+    assert codes == [9, 9]  # the name is in use, groupadd(8) and useradd(8)
+    accounts.verify(row.user())
 
 
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -282,7 +335,7 @@ def test_ranges_that_touch_systemd_homed_are_dropped(users_base: Path, tmp_path:
 def test_one_at_a_time_on_the_whole_host(users_base: Path) -> None:
     one, other = (Accounts(users_base, [], state_id) for state_id in ("a" * 32, "b" * 32))
     inside = 0
-    start = threading.Barrier(4)
+    start = threading.Barrier(4, timeout=20)
 
     def work(accounts: Accounts) -> int:
         nonlocal inside
@@ -401,3 +454,15 @@ def test_parents_must_be_safe_and_passable(users_base: Path, mode: int, why: str
     (users_base / "base").chmod(0o700)
     with pytest.raises(AccountError, match="cannot pass"):
         make_home(users_base / "base", "pactown_b", *ids())
+
+
+@pytest.mark.host
+def test_links_on_the_way_must_lead_through_safe_places(users_base: Path) -> None:
+    (users_base / "open" / "real").mkdir(parents=True)
+    for name in ("open", "open/real"):
+        (users_base / name).chmod(0o777 if name == "open" else 0o711)
+    (users_base / "link").symlink_to("open/real")
+    with pytest.raises(AccountError, match="can change"):
+        make_home(users_base / "link" / "base", "pactown_a", *ids())
+    (users_base / "open").chmod(0o711)
+    make_home(users_base / "link" / "base", "pactown_a", *ids())

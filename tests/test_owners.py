@@ -167,7 +167,7 @@ def test_one_of_many_buries_a_dead_owner(state_dir: Path) -> None:
     owners = Owners(state_dir)
     (owners.directory / ("b" * 16)).touch()
     assert owners.dead_owners() == ["b" * 16]
-    start = threading.Barrier(8)
+    start = threading.Barrier(8, timeout=20)
 
     def bury(_: int) -> bool:
         start.wait()
@@ -179,6 +179,17 @@ def test_one_of_many_buries_a_dead_owner(state_dir: Path) -> None:
     assert buried <= 1
     assert buried == 1 or owners.remove("b" * 16)
     assert owners.dead_owners() == []
+
+
+def test_lookers_do_not_take_each_other_for_the_owner(state_dir: Path) -> None:
+    owners = Owners(state_dir)
+    (owners.directory / ("c" * 16)).touch()
+
+    def look(_: int) -> bool:
+        return any(owners.alive("c" * 16) for _ in range(300))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert not any(pool.map(look, range(4)))
 
 
 def test_births_beside_eager_buriers(state_dir: Path) -> None:

@@ -192,11 +192,29 @@ registry.close()
     assert run_python(script, str(path)).split() == ["7", "0"]
 
 
+def test_many_threads_make_one_registry(tmp_path: Path) -> None:
+    start = threading.Barrier(8, timeout=20)
+
+    def open_it(number: int) -> list[str]:
+        state_ids = []
+        for attempt in range(10):
+            start.wait()
+            with Registry(tmp_path / str(attempt) / "registry.db") as registry:
+                state_ids.append(registry.state_id)
+        return state_ids
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = {tuple(state_ids) for state_ids in pool.map(open_it, range(8))}
+    assert len(answers) == 1
+    assert len(set(answers.pop())) == 10
+
+
 def test_many_processes_make_one_registry(path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
 from pactown_runner.registry import Registry
+print("ready", flush=True)
 sys.stdin.readline()
 with Registry(Path(sys.argv[1])) as registry:
     print(registry.state_id)
@@ -210,6 +228,9 @@ with Registry(Path(sys.argv[1])) as registry:
         )
         for _ in range(6)
     ]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
     for child in children:
         assert child.stdin is not None
         child.stdin.write("\n")
@@ -386,7 +407,7 @@ print(won)
         stdout=subprocess.PIPE,
         text=True,
     )
-    started = threading.Barrier(5)
+    started = threading.Barrier(5, timeout=20)
 
     def claim_all(owner: str) -> int:
         started.wait()

@@ -452,7 +452,7 @@ def test_complaints_are_seen(state: State) -> None:
 
 @pytest.mark.host
 def test_threads_that_ask_at_once_get_one_account(state: State, test_run: hostguard.Run) -> None:
-    start = threading.Barrier(8)
+    start = threading.Barrier(8, timeout=20)
 
     def ask(number: int) -> IsolatedUser:
         start.wait()
