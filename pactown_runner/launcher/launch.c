@@ -90,7 +90,8 @@ typedef int s32;
 #define SIOCGIFFLAGS 0x8913
 #define SIOCSIFFLAGS 0x8914
 #define IFF_UP 1
-#define PIPE_BUF 4096
+/* PIPE_BUF, less room for the other records: nobody reads before the pipe has ended, and it may hold two pages only. */
+#define REPORT_MAX (4096 - 96)
 #define PATH_MAX 4096
 #define MAX_GROUPS 256
 #define NO_ID 0xffffffffU /* to setresuid this means "leave it as it is" */
@@ -677,7 +678,7 @@ static void report(const struct launch *launch)
 {
 	union {
 		struct report_record record;
-		char bytes[PIPE_BUF];
+		char bytes[REPORT_MAX];
 	} out;
 	struct report_record *record = &out.record;
 	memset(record, 0, sizeof *record);

@@ -146,10 +146,10 @@ def launch_popen(
     try:
         popen = _popen(call, stdin, stdout, stderr)
         call.started()
-        ready = select.poll()
-        ready.register(call.status_fd, select.POLLIN)
-        while not call.read():
-            ready.poll()
+        end = select.poll()
+        end.register(call.status_fd, 0)  # the end alone, not each record
+        end.poll()
+        call.read()
         popen.wait()
         launched = call.status.result()
         # From here on the object stands for the program, which is our own child just as the launcher was.
@@ -277,25 +277,13 @@ async def _through_popen(call: Call, stdin: int, stdout: int, stderr: int) -> La
 
 
 async def _decided(call: Call) -> None:
-    """Wait until the program was executed, or will not be."""
-    if call.read():
-        return
-    loop = asyncio.get_running_loop()
-    decided: asyncio.Future[None] = loop.create_future()
-
-    def readable() -> None:
-        try:
-            if call.read() and not decided.done():
-                decided.set_result(None)
-        except LauncherError as error:
-            if not decided.done():
-                decided.set_exception(error)
-
-    loop.add_reader(call.status_fd, readable)
-    try:
-        await decided
-    finally:
-        loop.remove_reader(call.status_fd)
+    """Wait until the program was executed, or will not be: until the pipe has ended."""
+    # Each record would wake the loop, and only the end decides. Asked for no event, epoll tells of the end alone
+    # (EPOLLHUP, epoll_ctl(2)), and an epoll descriptor is itself readable when it has something to tell.
+    with select.epoll() as end:
+        end.register(call.status_fd, 0)
+        await _readable(end.fileno())
+    call.read()
 
 
 async def _abandon(call: Call) -> None:
