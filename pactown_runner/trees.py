@@ -14,30 +14,38 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Self
 
-from cgroups import Cgroup, CgroupError, GoneError, Limits, Mount, delegated, find_mount, own_directory
+from cgroups import (
+    BusyError,
+    Cgroup,
+    CgroupError,
+    ExistsError,
+    GoneError,
+    Limits,
+    Mount,
+    delegated,
+    find_mount,
+    own_directory,
+)
 
 from .errors import LimitsError, TreeError
 from .models import IsolationReport
 
-__all__ = ["SANDBOXES_UNIT", "Main", "Scope", "Tree", "apply_limits", "open_tree", "slice_name"]
-
-SANDBOXES_UNIT = "pactown-sandboxes.service"
-"""The delegated systemd unit that holds the tree. It outlives every supervisor, so that none takes sandboxes along."""
+__all__ = ["Main", "Scope", "Tree", "apply_limits", "open_tree", "slice_name"]
 
 _WANTED = frozenset({"cpu", "memory", "pids"})
 _STATE, _RUN, _MAIN = "pactown.state", "pactown.run", "pactown.main"
 _KEEPER = "_keeper.scope"
 
 _KEEP = f"""\
-cg=/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)
-mkdir -p "$cg/{_KEEPER}" && echo 0 > "$cg/{_KEEPER}/cgroup.procs" && exec sleep infinity"""
+cg=$1$(sed -n s/^0:://p /proc/self/cgroup)
+mkdir -p "$cg/{_KEEPER}" && echo 0 >"$cg/{_KEEPER}/cgroup.procs" && systemd-notify --ready && exec sleep infinity"""
 """Runs in the delegated unit: its only process steps aside into a leaf, since the unit's own cgroup enables controllers
-(systemd's `DelegateSubgroup=` does the same from version 254 on; Debian 12 has 252). It is started by the shell so
-that nothing of this package has to exist while the unit runs."""
+(from version 254 on systemd's `DelegateSubgroup=` does the same; Debian 12 has 252). A shell does it, so that nothing
+of this package has to stay installed for as long as the unit runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,12 @@ class Main:
     def mark(self, scope: Cgroup) -> None:
         """Write it onto the scope."""
         scope.mark(_MAIN, json.dumps([self.pid, self.start_time, self.isolation.to_dict()]).encode())
+
+    @classmethod
+    def update(cls, scope: Cgroup, isolation: IsolationReport) -> None:
+        """Write a changed report onto the scope."""
+        if (main := cls.read(scope)) is not None:
+            replace(main, isolation=isolation).mark(scope)
 
     @classmethod
     def read(cls, scope: Cgroup) -> Self | None:
@@ -114,15 +128,17 @@ class Tree:
         self._tenant_limits = tenant_limits
         self._counts_memory = "memory" in root.enabled()
         self._slices: dict[str, Cgroup] = {}
+        self._stale: list[Cgroup] = []
         self._lock = threading.Lock()
 
     def close(self) -> None:
         """Let go of the tree, and remove the slices that this process used and nobody uses any more."""
         with self._lock:
-            for group in self._slices.values():
+            for group in (*self._slices.values(), *self._stale):
                 with group:
                     _remove_if_unused(group)
             self._slices.clear()
+            self._stale.clear()
         self.root.close()
 
     def slice(self, key: str) -> Cgroup:
@@ -143,14 +159,21 @@ class Tree:
         return self.slice(key).stats().oom or 0 if self._counts_memory else 0
 
     def scope(self, key: str, name: str, run_id: str) -> Cgroup:
-        """Make the scope `<name>.scope` in the tenant's slice, marked with the state and the run."""
-        try:
-            scope = self.slice(key).child(f"{name}.scope", create=True)
-        except GoneError:
-            # Another process of this state found the slice empty and removed it.
-            with self._lock:
-                self._slices.pop(key).close()
-            scope = self.slice(key).child(f"{name}.scope", create=True)
+        """Make the scope `<name>.scope` in the tenant's slice, marked with the state and the run.
+
+        The caller holds the claim to this name. What is there under it is hence nobody's, and is ended first.
+        """
+        while True:
+            parent = self.slice(key)
+            try:
+                scope = parent.child(f"{name}.scope", create=True)
+            except GoneError:
+                # Another process of this state found the slice empty and removed it.
+                self._forget(key, parent)
+            except ExistsError:
+                self.end_scope(parent.name, f"{name}.scope")
+            else:
+                break
         try:
             scope.mark(_STATE, self._state_id)
             scope.mark(_RUN, run_id.encode())
@@ -159,6 +182,46 @@ class Tree:
             scope.close()
             raise
         return scope
+
+    def _forget(self, key: str, stale: Cgroup) -> None:
+        with self._lock:
+            if self._slices.get(key) is stale:
+                del self._slices[key]
+                # Closed at the end only: another thread may be about to find out that it is gone.
+                self._stale.append(stale)
+
+    def end_scope(self, slice_: str, name: str, run_id: str | None = None) -> bool:
+        """Kill what runs in a scope, and remove it; blocking. False if it is not there, or is another run's.
+
+        Args:
+            run_id: end it only if it was made for this run, or for none that was written down.
+        """
+        try:
+            scope = self.open_scope(slice_, name)
+        except GoneError:
+            return False
+        with scope:
+            if run_id is not None and (scope.marks(_RUN) or run_id.encode()) != run_id.encode():
+                return False
+            while True:
+                scope.kill()
+                scope.wait_empty()
+                try:
+                    scope.remove()
+                except GoneError:
+                    return False
+                except BusyError:
+                    # A launcher whose supervisor died was about to start something there.
+                    if not scope.populated():
+                        raise
+                else:
+                    return True
+
+    def remove_unused_slices(self) -> None:
+        """Remove the slices of this state in which nothing is, and that no live `Tree` will miss: it makes them anew."""
+        for slice_ in _closing(self.root.children()):
+            if slice_.marks(_STATE) in (None, self._state_id) and slice_.name.startswith("pactown-"):
+                _remove_if_unused(slice_)
 
     def open_scope(self, slice_: str, name: str) -> Cgroup:
         """Open the scope of this name, ending included.
@@ -274,31 +337,46 @@ def _step_aside(group: Cgroup) -> None:
 
 
 def _in_delegated_unit(mount: Mount, cgroup_slice: str) -> Cgroup:
-    path = Path(mount.path, cgroup_slice, SANDBOXES_UNIT)
-    if not (path / _KEEPER).is_dir():
-        _start_unit(cgroup_slice)
-    return Cgroup.open(path)
+    # The unit holds the tree apart from any supervisor: systemd cannot restart a unit that has live cgroups in it.
+    unit = f"{cgroup_slice.removesuffix('.slice')}-sandboxes.service"
+    path = _control_group(unit)
+    if path is None:
+        _start_unit(unit, cgroup_slice, mount)
+        path = _control_group(unit)
+    if path is None:
+        raise TreeError(f"systemd started {unit}, and it ended at once", remedy=f"journalctl --unit={unit}")
+    return Cgroup.open(mount.directory(PurePosixPath(path)))
 
 
-def _start_unit(cgroup_slice: str) -> None:
-    command = [
-        "systemd-run",
-        "--quiet",
-        "--collect",
-        f"--unit={SANDBOXES_UNIT}",
-        f"--slice={cgroup_slice}",
-        "--property=Delegate=yes",
-        "--property=Description=Sandboxes of pactown-runner",
-        "--property=KillMode=control-group",
-        "--property=OOMPolicy=continue",
-        "--property=TasksMax=infinity",
-        "/bin/sh",
-        "-c",
-        _KEEP,
-    ]
+def _control_group(unit: str) -> str | None:
+    """Where a unit is in the tree, or None if it does not run."""
+    return _systemd("systemctl", "show", "--property=ControlGroup", "--value", unit).strip() or None
+
+
+def _start_unit(unit: str, cgroup_slice: str, mount: Mount) -> None:
+    # Two at once: the second finds the unit there. A unit that failed is collected, so that its name is free again.
+    properties = ("Type=notify", "NotifyAccess=all", "Delegate=yes", "OOMPolicy=continue", "TasksMax=infinity")
+    with suppress(TreeError):
+        _systemd(
+            "systemd-run",
+            "--quiet",
+            "--collect",
+            f"--unit={unit}",
+            f"--slice={cgroup_slice}",
+            "--description=Sandboxes of pactown-runner",
+            *(f"--property={text}" for text in properties),
+            *("/bin/sh", "-c", _KEEP, "keep", str(mount.path)),
+        )
+        return
+    if _control_group(unit) is None:
+        raise TreeError(f"systemd did not start {unit}", remedy=f"systemctl status {unit}")
+
+
+def _systemd(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise TreeError(f"systemd did not start {SANDBOXES_UNIT}: {done.stderr.strip()}")
+        raise TreeError(f"{command[0]} failed: {done.stderr.strip()}")
+    return done.stdout
 
 
 def _enable_wanted(group: Cgroup) -> None:
