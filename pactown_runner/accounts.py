@@ -21,6 +21,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import chain, repeat
 from pathlib import Path
 
 from .errors import AccountError
@@ -137,9 +138,8 @@ class Accounts:
         )
 
     def _ranges(self) -> list[tuple[int, int]]:
-        if not self._homed_dir.exists():
-            return list(self._uid_ranges)
-        return [one for one in self._uid_ranges if not _overlap(one, HOMED_UIDS)]
+        in_use = self._homed_dir.exists()
+        return [one for one in self._uid_ranges if not (in_use and _overlap(one, HOMED_UIDS))]
 
     def _subordinate_ranges(self) -> Iterator[tuple[int, int]]:
         """What user namespaces map into, subuid(5) and subgid(5): such files can be anybody's."""
@@ -185,7 +185,7 @@ class Accounts:
         """Whether the name, uid or gid of `row` is somebody else's by now. Only `lock` keeps it from changing."""
         login, group = _login(row.username), _group(row.username)
         return (
-            (login is not None and self._identity(login) != self._wanted(row))
+            (login is not None and _identity(login) != self._wanted(row))
             or (group is not None and group.gr_gid != row.gid)
             or not _names_of(row.uid) <= {row.username}
             or not _names_of(row.gid) <= {row.username}
@@ -193,9 +193,6 @@ class Accounts:
 
     def _wanted(self, row: UserRow) -> tuple[int, int, str, str]:
         return row.uid, row.gid, str(row.home), self._comment
-
-    def _identity(self, login: pwd.struct_passwd) -> tuple[int, int, str, str]:
-        return login.pw_uid, login.pw_gid, login.pw_dir, login.pw_gecos
 
     def _group_is_there(self, row: UserRow) -> bool:
         group = _group(row.username)
@@ -213,7 +210,7 @@ class Accounts:
         login = _login(row.username)
         if login is None:
             return False
-        have, want = self._identity(login), self._wanted(row)
+        have, want = _identity(login), self._wanted(row)
         if have != want:
             raise AccountError(
                 f"login {row.username} is {have}, and should be {want}",
@@ -272,13 +269,10 @@ class Accounts:
                 raise AccountError(
                     f"cannot delete login {name}: {done.stderr.strip()}", remedy="stop all that runs under its uid"
                 )
-            if done.returncode not in {0, _NO_SUCH_NAME}:
-                raise _failed(done)
+            _check_gone(done)
         # userdel takes the group along, but not where USERGROUPS_ENAB is off.
         if self._group_is_there(row):
-            done = _run(["groupdel", "--", name])
-            if done.returncode not in {0, _NO_SUCH_NAME}:
-                raise _failed(done)
+            _check_gone(_run(["groupdel", "--", name]))
 
 
 # ---- The host's tools
@@ -300,7 +294,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
             f"cannot find {command[0]}", remedy="install the package passwd (Debian) or shadow-utils (Fedora)"
         )
     deadline = time.monotonic() + LOCK_PATIENCE
-    for pause in _pauses():
+    for pause in chain(LOCK_PAUSES, repeat(LOCK_PAUSES[-1])):
         try:
             done = subprocess.run(
                 [program, *command[1:]],
@@ -320,13 +314,12 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         if not is_locked or time.monotonic() > deadline:
             return done
         time.sleep(pause)
-    raise AssertionError  # _pauses() has no end
+    raise AssertionError  # repeat has no end
 
 
-def _pauses() -> Iterator[float]:
-    yield from LOCK_PAUSES
-    while True:
-        yield LOCK_PAUSES[-1]
+def _check_gone(done: subprocess.CompletedProcess[str]) -> None:
+    if done.returncode not in {0, _NO_SUCH_NAME}:
+        raise _failed(done)
 
 
 def _failed(done: subprocess.CompletedProcess[str]) -> AccountError:
@@ -349,6 +342,10 @@ def _group(name: str) -> grp.struct_group | None:
         return grp.getgrnam(name)
     except KeyError:
         return None
+
+
+def _identity(login: pwd.struct_passwd) -> tuple[int, int, str, str]:
+    return login.pw_uid, login.pw_gid, login.pw_dir, login.pw_gecos
 
 
 def _names_of(number: int) -> set[str]:

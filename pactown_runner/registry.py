@@ -10,9 +10,10 @@ but the last of them may be lost with the power, when nothing that they name is 
 
 from __future__ import annotations
 
+import operator
 import os
 import sqlite3
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -97,7 +98,7 @@ class UserRow:
         return IsolatedUser(self.saas_id, self.username, self.uid, self.gid, self.home, self.created_at)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SandboxRow:
     """One service or run that is meant to be alive.
 
@@ -120,6 +121,10 @@ class SandboxRow:
     spec: str
     cgroup: str
     created_at: float
+
+
+_values_of = operator.attrgetter(*(field.name for field in fields(SandboxRow)))
+"""A row as the tuple of its columns; their order is that of the table."""
 
 
 class ClaimedError(AlreadyRunningError):
@@ -285,25 +290,13 @@ class Registry:
         """
         with self._database as db:
             try:
-                done = db.execute(
-                    _CLAIM,
-                    (
-                        row.key,
-                        row.service_id,
-                        row.run_id,
-                        row.owner,
-                        row.kind,
-                        row.spec,
-                        row.cgroup,
-                        row.created_at,
-                    ),
-                ).rowcount
+                done = db.execute(_CLAIM, _values_of(row)).rowcount
             except sqlite3.IntegrityError as error:
                 if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
                     raise
                 found = db.execute(_ONE_SANDBOX, (row.key, row.service_id)).fetchone()
                 # Another process may have released it just now; it was claimed when we asked.
-                raise ClaimedError(row, _sandbox_row(found) if found else None) from None
+                raise ClaimedError(row, SandboxRow(*found) if found else None) from None
         if done != 1:
             raise NotFoundError(f"cannot start {row.service_id!r}: no user with key {row.key} is ready")
 
@@ -316,7 +309,7 @@ class Registry:
         """What is claimed under this name."""
         with self._database as db:
             found = db.execute(_ONE_SANDBOX, (key, service_id)).fetchone()
-        return _sandbox_row(found) if found else None
+        return SandboxRow(*found) if found else None
 
     def rows(self, owner: str | None = None, *, key: str | None = None) -> list[SandboxRow]:
         """All that is meant to be alive, of this owner, of this user, or of all."""
@@ -324,7 +317,7 @@ class Registry:
             found = db.execute(
                 _SANDBOXES + "WHERE owner = coalesce(?, owner) AND key = coalesce(?, key)", (owner, key)
             ).fetchall()
-        return [_sandbox_row(values) for values in found]
+        return [SandboxRow(*values) for values in found]
 
     def take_over(self, key: str, service_id: str, run_id: str, from_owner: str, to_owner: str) -> bool:
         """Make `to_owner` answer for this run, if it still is `from_owner`'s. One caller gets True."""
@@ -349,18 +342,4 @@ def _user_row(values: tuple[Any, ...]) -> UserRow:
         created_at=created_at,
         status=status,
         virtual=bool(virtual),
-    )
-
-
-def _sandbox_row(values: tuple[Any, ...]) -> SandboxRow:
-    key, service_id, run_id, owner, kind, spec, cgroup, created_at = values
-    return SandboxRow(
-        key=key,
-        service_id=service_id,
-        run_id=run_id,
-        owner=owner,
-        kind=kind,
-        spec=spec,
-        cgroup=cgroup,
-        created_at=created_at,
     )
