@@ -63,8 +63,9 @@ async def read_log(
             files = [stack.enter_context(file) for file in _open(path)]
             begins = await asyncio.to_thread(places, [file.fileno() for file in files], cursor.seq, tail)
             for file, begin in zip(files, begins, strict=True):
-                async for record in cursor.read(file, begin, newest=file is files[-1]):
-                    yield record
+                async for records in cursor.read(file, begin, newest=file is files[-1]):
+                    for record in records:
+                        yield record
             if cursor.done:
                 return
             if not files:
@@ -112,8 +113,8 @@ class _Cursor:
         else:
             await asyncio.sleep(self._poll)
 
-    async def read(self, file: FileIO, place: int, *, newest: bool) -> AsyncGenerator[LogRecord, None]:
-        """The records of one file from `place` on. Of the newest, until it is done or another takes its place."""
+    async def read(self, file: FileIO, place: int, *, newest: bool) -> AsyncGenerator[list[LogRecord], None]:
+        """The records of one file from `place` on; of the newest until it is done or another takes its place."""
         # A log that grows as fast as it is read has an end for those who do not follow.
         stop = os.fstat(file.fileno()).st_size if newest and not self._follow else None
         reading, rest = wrap(file), b""
@@ -124,13 +125,11 @@ class _Cursor:
             chunk = await reading.read(CHUNK_BYTES)
             lines = (rest + chunk).split(b"\n")
             rest = lines.pop()
-            for line in lines:
-                if self._mark not in line:
-                    continue
-                record = parse_record(line, self._load)
-                if record.seq > self.seq:
-                    self.seq = record.seq
-                    yield record
+            mark, load, seq = self._mark, self._load, self.seq
+            records = [record for line in lines if mark in line and (record := parse_record(line, load)).seq > seq]
+            if records:
+                self.seq = records[-1].seq
+                yield records
             place += sum(map(len, lines)) + len(lines)
             if len(chunk) == CHUNK_BYTES:
                 continue

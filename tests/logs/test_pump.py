@@ -24,6 +24,7 @@ def uid(test_run: Run) -> int:
     return test_run.uids[0]
 
 
+@pytest.mark.each_loop
 async def test_a_silent_run_leaves_nothing(make_pump: MakePump, write: Write, paths: LogPaths) -> None:
     before = fds()
     pump = make_pump()
@@ -39,6 +40,7 @@ async def test_a_silent_run_leaves_nothing(make_pump: MakePump, write: Write, pa
     assert fds() == before
 
 
+@pytest.mark.each_loop
 async def test_both_streams_are_written_down(make_pump: MakePump, write: Write, paths: LogPaths) -> None:
     before = fds()
     pump = make_pump()
@@ -69,6 +71,7 @@ async def test_numbers_go_on_over_runs(make_pump: MakePump, write: Write, paths:
     assert [(r.seq, r.line) for r in await records(paths)] == [(1, "r1"), (2, "r2"), (3, "r3")]
 
 
+@pytest.mark.each_loop
 async def test_a_million_lines_come_once_and_in_order_while_another_sandbox_is_heard(
     make_pump: MakePump, write: Write, paths: LogPaths
 ) -> None:
@@ -237,6 +240,7 @@ async def test_beyond_the_cap_the_oldest_records_go_and_the_numbers_tell_how_man
     assert cap // 2 < size < cap + 100_000
 
 
+@pytest.mark.each_loop
 async def test_followers_miss_nothing_when_the_log_is_replaced(
     make_pump: MakePump, write: Write, paths: LogPaths
 ) -> None:
