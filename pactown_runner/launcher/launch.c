@@ -8,36 +8,39 @@
  *
  *     launch <spec_fd> <status_fd> <cgroup_fd | -1>
  *
- * Who runs as whom. The parent half runs as the supervisor and does nothing but read the spec, make one child and exit.
- * The child is made with CLONE_PARENT: it is the supervisor's own child, which the supervisor waits for. With
- * CLONE_INTO_CGROUP it is born in the leaf of its sandbox: nothing of it was ever elsewhere, and nothing had to be moved
- * (a move waits for RCU, 20 ms). Where a container's filter refuses clone3, the child joins by writing to cgroup.procs
- * before it does anything else, and the records say so. The child half begins as the supervisor's user and ends as the
- * tenant, by the steps in `child_half`, whose order matters:
- *   - what needs privilege comes before `setresuid` (dropping from the bounding set needs CAP_SETPCAP, oom_score_adj and
- *     rlimits may need CAP_SYS_RESOURCE, namespaces need CAP_SYS_ADMIN);
+ * Who runs as whom. The parent half runs as the supervisor and does nothing but read the spec, make one child
+ * and exit. The child is made with CLONE_PARENT: it is the supervisor's own child, which the supervisor waits
+ * for. With CLONE_INTO_CGROUP it is born in the leaf of its sandbox: nothing of it was ever elsewhere, and
+ * nothing had to be moved (a move waits for RCU, 20 ms). Where a container's filter refuses clone3, the child
+ * joins by writing to cgroup.procs before it does anything else, and the records say so. The child half
+ * begins as the supervisor's user and ends as the tenant, by the steps in `child_half`, whose order matters:
+ *   - what needs privilege comes before `setresuid` (dropping from the bounding set needs CAP_SETPCAP,
+ *     oom_score_adj and rlimits may need CAP_SYS_RESOURCE, namespaces need CAP_SYS_ADMIN);
  *   - groups before gid before uid, since each needs what the next one gives up;
- *   - what touches paths that a tenant can change comes after it, so that the tenant's own permissions decide;
+ *   - what touches paths that a tenant can change comes after it, so that the tenant's own permissions
+ *     decide;
  *   - what holds is read back from the kernel last, when nothing is left to change, and only then reported.
  *
- * Which descriptors. 0, 1 and 2 are the program's own and are not touched. `spec_fd` is a memfd with the spec (see `struct
- * spec`), `status_fd` the write end of a pipe, `cgroup_fd` the leaf's directory. All three, and whatever else was
- * inherited, become close-on-exec before the program is executed: it gets 0, 1, 2 and no others.
+ * Which descriptors. 0, 1 and 2 are the program's own and are not touched. `spec_fd` is a memfd with the spec
+ * (see `struct spec`), `status_fd` the write end of a pipe, `cgroup_fd` the leaf's directory. All three, and
+ * whatever else was inherited, become close-on-exec before the program is executed: it gets 0, 1, 2 and no
+ * others.
  *
- * What is reported. Records on `status_fd`, each one write of at most PIPE_BUF bytes, hence atomic; the two halves write
- * independently, so PID may come after REPORT.
+ * What is reported. Records on `status_fd`, each one write of at most PIPE_BUF bytes, hence atomic; the two
+ * halves write independently, so PID may come after REPORT.
  *   PID     parent half: the child's pid and how it was placed.
  *   REPORT  child half: what holds, read back. `execve` follows at once.
  *   FAILED  either half: the step that failed and its errno. The writer exits with 127.
- * A successful `execve` closes the pipe, so REPORT and then end-of-file means started. End-of-file without REPORT means
- * that the child was killed on the way.
+ * A successful `execve` closes the pipe, so REPORT and then end-of-file means started. End-of-file without
+ * REPORT means that the child was killed on the way.
  *
- * What it never does. It has no libc, no environment of its own (the program's is data in the spec, which only `execve`
- * sees), and no fallback: a step that cannot be done ends the start, except where the spec or a comment below says
- * otherwise. In user mode (an unprivileged supervisor) the steps that need privilege are left out, the rest stays.
+ * What it never does. It has no libc, no environment of its own (the program's is data in the spec, which
+ * only `execve` sees), and no fallback: a step that cannot be done ends the start, except where the spec or a
+ * comment below says otherwise. In user mode (an unprivileged supervisor) the steps that need privilege are
+ * left out, the rest stays.
  *
- * Why without libc: start-up is most of its cost. posix_spawn to exit takes 0.54 ms for an empty static glibc program, 0.17
- * for one like this.
+ * Why without libc: start-up is most of its cost. posix_spawn to exit takes 0.54 ms for an empty static glibc
+ * program, 0.17 for one like this.
  */
 
 #include <asm/unistd.h>
@@ -90,15 +93,17 @@ typedef int s32;
 #define SIOCGIFFLAGS 0x8913
 #define SIOCSIFFLAGS 0x8914
 #define IFF_UP 1
-/* PIPE_BUF, less room for the other records: nobody reads before the pipe has ended, and it may hold two pages only. */
+/* PIPE_BUF, less room for the other records: nobody reads before the pipe has ended, and it may hold two
+ * pages only. */
 #define REPORT_MAX (4096 - 96)
 #define PATH_MAX 4096
 #define MAX_GROUPS 256
 #define NO_ID 0xffffffffU /* to setresuid this means "leave it as it is" */
 
-/* The spec: this header, then `rlimits` rlimits, then room for the pointers of argv and env (each NULL-terminated), filled
- * in here, then strings, each NUL-terminated: directories, argv, env, and the PATH to search. Little-endian, as are both
- * architectures that this program is built for. The Python side is spec.py. */
+/* The spec: this header, then `rlimits` rlimits, then room for the pointers of argv and env (each
+ * NULL-terminated), filled in here, then strings, each NUL-terminated: directories, argv, env, and the PATH
+ * to search. Little-endian, as are both architectures that this program is built for. The Python side is
+ * spec.py. */
 
 #define SPEC_MAGIC 0x4e4c5450 /* "PTLN" */
 #define SPEC_VERSION 1
@@ -317,8 +322,8 @@ static void must(const struct launch *launch, enum step step, long result)
 
 /* ---- the parent half ---- */
 
-/* Bytes beyond the spec would be read by nobody, strings beyond it by everybody: each walk stays within `end`, and the last
- * byte is NUL. */
+/* Bytes beyond the spec would be read by nobody, strings beyond it by everybody: each walk stays within
+ * `end`, and the last byte is NUL. */
 static char *take_strings(const struct launch *launch, char *p, const char *end, u32 count, char **pointers)
 {
 	for (u32 i = 0; i < count; i++) {
@@ -335,7 +340,8 @@ static void check_identity(const struct launch *launch)
 {
 	const struct spec *spec = launch->spec;
 	if (spec->flags & FLAG_ROOT) {
-		/* A supervisor's mistake must not become a tenant with uid 0, or one that keeps the supervisor's. */
+		/* A supervisor's mistake must not become a tenant with uid 0, or one that keeps the
+		 * supervisor's. */
 		if (spec->uid == 0 || spec->gid == 0 || spec->uid == NO_ID || spec->gid == NO_ID)
 			fail(launch, STEP_SPEC, -EPERM, 0);
 	} else if (call0(geteuid) == 0) {
@@ -375,16 +381,16 @@ static void read_spec(struct launch *launch, s32 spec_fd)
 	check_identity(launch);
 }
 
-/* What filters in containers answer for a system call that they do not know or do not want, and old kernels for flags that
- * they lack. A cgroup's own refusals are others: EAGAIN (pids.max), EBUSY (it has controllers enabled), EOPNOTSUPP, ENODEV
- * (it was removed), EACCES. */
+/* What filters in containers answer for a system call that they do not know or do not want, and old kernels
+ * for flags that they lack. A cgroup's own refusals are others: EAGAIN (pids.max), EBUSY (it has controllers
+ * enabled), EOPNOTSUPP, ENODEV (it was removed), EACCES. */
 static int is_filtered(long result)
 {
 	return result == -ENOSYS || result == -EPERM || result == -EINVAL || result == -E2BIG;
 }
 
-/* The child's pid in the parent half, 0 in the child half. With CLONE_PARENT the signal at exit is the launcher's own, that is
- * SIGCHLD to the supervisor; naming one here is EINVAL. */
+/* The child's pid in the parent half, 0 in the child half. With CLONE_PARENT the signal at exit is the
+ * launcher's own, that is SIGCHLD to the supervisor; naming one here is EINVAL. */
 static s32 make_child(struct launch *launch)
 {
 	struct {
@@ -419,8 +425,8 @@ static void join_cgroup(const struct launch *launch)
 	call1(close, fd);
 }
 
-/* A session keyring is inherited, setsid or not, and what it holds with it. Filters of containers commonly refuse keyctl, and a
- * tenant cannot use it under them either: tolerated, and reported. */
+/* A session keyring is inherited, setsid or not, and what it holds with it. Filters of containers commonly
+ * refuse keyctl, and a tenant cannot use it under them either: tolerated, and reported. */
 static void new_keyring(struct launch *launch)
 {
 	long result = call2(keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL);
@@ -478,8 +484,8 @@ static void set_oom_score_adj(const struct launch *launch)
 	call1(close, fd);
 }
 
-/* A hard limit can be raised only with CAP_SYS_RESOURCE, which root in a container often lacks. What is asked for is an upper
- * bound, so the lower one that is in force already serves. */
+/* A hard limit can be raised only with CAP_SYS_RESOURCE, which root in a container often lacks. What is asked
+ * for is an upper bound, so the lower one that is in force already serves. */
 static void set_rlimits(const struct launch *launch)
 {
 	for (u32 i = 0; i < launch->spec->rlimits; i++) {
@@ -708,14 +714,16 @@ static void report(const struct launch *launch)
 	}
 	record->size = size;
 	check_report(launch, record);
-	/* SIGPIPE, which is no longer ignored, ends the child if the supervisor is gone: nobody could watch the program. */
+	/* SIGPIPE, which is no longer ignored, ends the child if the supervisor is gone: nobody could watch
+	 * the program. */
 	if (call3(write, launch->status_fd, out.bytes, size) != (int)size)
 		leave(127);
 }
 
 /* ---- execve ---- */
 
-/* As execvp(3), except that a file which is no program is not handed to a shell: what was asked for is what runs. */
+/* As execvp(3), except that a file which is no program is not handed to a shell: what was asked for is what
+ * runs. */
 static int execute(const struct launch *launch)
 {
 	const char *name = launch->argv[0];

@@ -4,7 +4,8 @@ Both ways end with a child of this process, not yet reaped, whose pid is hence i
 launcher has been reaped, the memfd and the pipe are closed.
 
 What this needs of the process that it runs in: SIGCHLD must not be ignored (`SIG_IGN` makes the kernel reap children
-by itself, and a pid would mean nothing), and nobody may reap children that he did not start (`waitpid(-1)`).
+by itself, and a pid would mean nothing), nobody may reap children that he did not start (`waitpid(-1)`), and no other
+thread may fork without `execve` meanwhile: such a child would hold the pipe open, and the end is waited for.
 """
 
 from __future__ import annotations
@@ -260,9 +261,12 @@ async def _reap_launcher(spawn: asyncio.Future[asyncio.subprocess.Process]) -> N
         launcher = await _finish(spawn)
     except OSError:  # there is none; the caller has, or will not miss, the reason
         return
-    # It ends long before the program is executed: as a rule this does not wait.
     if launcher.returncode is None:
-        await _finish(asyncio.ensure_future(launcher.wait()))
+        try:
+            await launcher.wait()
+        except asyncio.CancelledError:
+            await _finish(asyncio.ensure_future(launcher.wait()))
+            raise
 
 
 async def _through_popen(call: Call, stdin: int, stdout: int, stderr: int) -> Launched:

@@ -158,6 +158,29 @@ def test_a_cgroup_that_takes_no_process(spec: MakeSpec, leaf: Leaf) -> None:
     assert (error.step, error.errno) == ("clone3", errno.EOPNOTSUPP)
 
 
+@pytest.fixture
+def leaf_with_pids(leaf: Leaf) -> Leaf:
+    slice_dir = leaf.directory.parent
+    if "pids" not in (slice_dir / "cgroup.controllers").read_text().split():
+        pytest.skip(f"needs the pids controller in {slice_dir} (cgroup.subtree_control of {slice_dir.parent})")
+    (slice_dir / "cgroup.subtree_control").write_text("+pids")
+    return leaf
+
+
+@pytest.mark.kernel
+def test_a_cgroup_whose_pids_are_spent(spec: MakeSpec, leaf_with_pids: Leaf) -> None:
+    (leaf_with_pids.directory / "pids.max").write_text("0")
+    error = failure(spec("true"), leaf_with_pids.fd)
+    assert (error.step, error.errno) == ("clone3", errno.EAGAIN)
+
+
+@pytest.mark.kernel
+def test_a_cgroup_that_passes_controllers_on(spec: MakeSpec, leaf_with_pids: Leaf) -> None:
+    (leaf_with_pids.directory / "cgroup.subtree_control").write_text("+pids")
+    error = failure(spec("true"), leaf_with_pids.fd)
+    assert (error.step, error.errno) == ("clone3", errno.EBUSY)
+
+
 def test_a_directory_that_is_no_cgroup(spec: MakeSpec) -> None:
     fd = os.open("/", os.O_RDONLY)
     try:
