@@ -43,13 +43,16 @@ RETRY_SECONDS = 0.25
 
 
 class LogPump:
-    """Takes the output of one run and writes it down. Not thread-safe, but for `create` before `start`.
+    """Takes the output of one run and writes it down. `create` and `adopt` may be called in a worker thread.
+
+    A log has one writer: the pump of a run that was left behind ends before the service's next one begins.
 
     Args:
-        paths: the tenant's paths. user_id, service_id, run_id: written into each record; a run id has no
-        dot and no slash. uid, gid: the tenant's, to whom the FIFOs belong. feed: told of each change; the
-        caller closes it when no run will follow. Without one the pump has its own,
-            and closes it in `finish`.
+        paths: the tenant's paths.
+        user_id, service_id, run_id: written into each record; a run id has no dot and no slash.
+        uid, gid: the tenant's, to whom the FIFOs belong.
+        feed: told of each change; the caller closes it when no run will follow. Without one the pump has its
+            own, and closes it in `finish`.
         hub: shared with all pumps of the loop; without one the pump has its own, which costs more.
         cap: the most bytes that the service's log takes; beyond it the oldest half is dropped. None for no end.
         retry: seconds to wait after a full or failing disk.
@@ -124,8 +127,7 @@ class LogPump:
 
         Args:
             alive: whether processes of the run may still write. If not, missing FIFOs are no error: their
-            contents
-                vanished with the last process that held them open.
+                contents vanished with the last process that held them open.
 
         Raises:
             OSError, LogError: what is left of the run cannot be opened.
@@ -169,8 +171,7 @@ class LogPump:
 
         Raises:
             LogError: not all could be written. Nothing is removed, and `finish` can be called again;
-            `detach` leaves
-                the rest to a successor.
+                `detach` leaves the rest to a successor.
         """
         self._stop()
         self.close_child_fds()
