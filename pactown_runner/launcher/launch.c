@@ -598,6 +598,8 @@ static void prove_no_way_back(const struct launch *launch)
 static void enter_directories(const struct launch *launch)
 {
 	const char *p = launch->directories;
+	/* Where the supervisor stands may lie below a directory that the tenant could never have entered. */
+	must(launch, STEP_DIRECTORIES, call1(chdir, "/"));
 	for (u32 i = 0; i < launch->spec->directories; i++) {
 		if (*p == DIRECTORY_MAKE_AND_ENTER) {
 			long result = call3(mkdirat, AT_FDCWD, p + 1, 0700);

@@ -36,7 +36,7 @@ class Directory(NamedTuple):
     """A directory to enter on the way to the program's own, as the tenant.
 
     Attributes:
-        path: absolute, or relative to the directory before it.
+        path: absolute, or relative to the directory before it. Links are followed where the tenant may.
         make: make it first, mode 0700, if it is missing.
     """
 
@@ -68,10 +68,10 @@ class LaunchSpec:
         uid, gid: in root mode, neither may be 0. Not used in user mode.
         env: the whole environment of the program.
         path: where the program is sought, as the tenant; None takes PATH from `env`, else `DEFAULT_PATH`.
-        directories: entered one after the other; the last is the program's working directory. With none, it is
-            the caller's.
+        directories: entered one after the other, from `/` on; the last is the program's working directory.
         rlimits: set before privileges are dropped.
-        oom_score_adj: -1000 to 1000, or None to leave it as inherited. Less than that needs CAP_SYS_RESOURCE.
+        oom_score_adj: -1000 to 1000; less than inherited needs CAP_SYS_RESOURCE. None leaves it as inherited: what is
+            started by a supervisor that is protected is protected too.
         namespaces: to be unshared.
     """
 

@@ -17,18 +17,16 @@ import select
 import signal
 import subprocess
 from asyncio.base_events import BaseEventLoop
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from ..errors import LauncherError, StartError
 from ..models import IsolationReport
+from .call import Call, no_launcher
 from .spec import LaunchSpec
-from .status import Launched, StatusReader
+from .status import Launched
 
-__all__ = ["Call", "Started", "launch_async", "launch_popen", "launcher_path"]
+__all__ = ["Started", "launch_async", "launch_popen"]
 
-_BINARY = Path(__file__).resolve().parent / "launch"
-_READ_BYTES = 16384
 T = TypeVar("T")
 
 
@@ -44,84 +42,6 @@ class Started(NamedTuple):
     pid: int
     pidfd: int
     report: IsolationReport
-
-
-def launcher_path() -> Path:
-    """Return where the launcher is.
-
-    Raises:
-        LauncherError: it is not there, or cannot be executed.
-    """
-    if not os.access(_BINARY, os.X_OK):
-        raise LauncherError(
-            f"the launcher {_BINARY} is {'not executable' if _BINARY.exists() else 'missing'}",
-            remedy="install a C compiler and reinstall, or run `python -m pactown_runner.launcher.build`",
-        )
-    return _BINARY
-
-
-class Call:
-    """One call of the launcher: what it is executed with, and the pipe that it answers through.
-
-    Attributes:
-        argv: the launcher's own words. The program's are in the spec.
-        pass_fds: what it inherits beyond 0, 1 and 2.
-        status_fd: where its records are read. Not blocking.
-        status: the records so far.
-
-    Raises:
-        SpecError: from the constructor, see `LaunchSpec.pack`.
-        LauncherError: from the constructor: there is no launcher, or SIGCHLD is ignored.
-    """
-
-    def __init__(self, spec: LaunchSpec, cgroup_fd: int | None) -> None:
-        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-            raise LauncherError(
-                "SIGCHLD is ignored in this process, so that children cannot be waited for",
-                remedy="set it to signal.SIG_DFL",
-            )
-        packed = spec.pack()
-        path = str(launcher_path())
-        self.status = StatusReader(spec)
-        self.status_fd = self._status_write = self._spec_fd = -1
-        try:
-            self._spec_fd = os.memfd_create("pactown-launch", os.MFD_CLOEXEC)
-            os.write(self._spec_fd, packed)
-            self.status_fd, self._status_write = os.pipe2(os.O_CLOEXEC)
-            os.set_blocking(self.status_fd, False)
-        except OSError:
-            self.close()
-            raise
-        self.pass_fds: tuple[int, ...] = (self._spec_fd, self._status_write)
-        cgroup = "-1"
-        if cgroup_fd is not None:
-            self.pass_fds += (cgroup_fd,)
-            cgroup = str(cgroup_fd)
-        self.argv = (path, str(self._spec_fd), str(self._status_write), cgroup)
-
-    def started(self) -> None:
-        """Close what only the launcher needs, or the end of the pipe would never be seen."""
-        for fd in (self._spec_fd, self._status_write):
-            if fd >= 0:
-                os.close(fd)
-        self._spec_fd = self._status_write = -1
-
-    def close(self) -> None:
-        """Close whatever is still open. Closing twice is fine."""
-        self.started()
-        if self.status_fd >= 0:
-            os.close(self.status_fd)
-            self.status_fd = -1
-
-    def read(self) -> bool:
-        """Take what the pipe holds now. Return whether the start is decided."""
-        while True:
-            try:
-                data = os.read(self.status_fd, _READ_BYTES)
-            except BlockingIOError:
-                return False
-            if self.status.feed(data):
-                return True
 
 
 def launch_popen(
@@ -169,12 +89,7 @@ def _popen(call: Call, stdin: int | None, stdout: int | None, stderr: int | None
     try:
         return subprocess.Popen(call.argv, stdin=stdin, stdout=stdout, stderr=stderr, env={}, pass_fds=call.pass_fds)
     except OSError as error:
-        raise _no_launcher(error) from error
-
-
-def _no_launcher(error: OSError) -> StartError:
-    reason = (error.strerror or str(error)).lower()
-    return StartError(f"cannot start the launcher: {reason}", step="launcher", errno=error.errno or 0)
+        raise no_launcher(error) from error
 
 
 def _forget(call: Call, popen: subprocess.Popen[bytes]) -> None:
@@ -189,12 +104,14 @@ def _forget(call: Call, popen: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(LauncherError):
             call.read()
     if call.status.pid:
-        pidfd = os.pidfd_open(call.status.pid)
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-        finally:
-            os.close(pidfd)
+        _kill_child(call.status.pid)
+        os.waitpid(call.status.pid, 0)
+
+
+def _kill_child(pid: int) -> None:
+    # The number is the child's own as long as it is not reaped, which only we do; this raises if it was.
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    os.kill(pid, signal.SIGKILL)
 
 
 async def launch_async(
@@ -229,12 +146,20 @@ async def launch_async(
             launched = await _through_asyncio(call, stdin, stdout, stderr)
         else:
             launched = await _through_popen(call, stdin, stdout, stderr)
-        return Started(launched.pid, os.pidfd_open(launched.pid), launched.report)
+        return Started(launched.pid, _pidfd(launched.pid), launched.report)
     except BaseException:
         await _finish(asyncio.ensure_future(_abandon(call)))
         raise
     finally:
         call.close()
+
+
+def _pidfd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise StartError(f"cannot watch the program: {reason}", step="pidfd", errno=error.errno or 0) from error
 
 
 async def _through_asyncio(call: Call, stdin: int, stdout: int, stderr: int) -> Launched:
@@ -250,7 +175,7 @@ async def _through_asyncio(call: Call, stdin: int, stdout: int, stderr: int) -> 
         call.started()
         await _decided(call)
     except OSError as error:
-        raise _no_launcher(error) from error
+        raise no_launcher(error) from error
     finally:
         await _reap_launcher(spawn)
     return call.status.result()
@@ -297,15 +222,18 @@ async def _abandon(call: Call) -> None:
     if not call.status.ended:
         with contextlib.suppress(LauncherError):
             call.read()
-    if not call.status.pid:
+    pid = call.status.pid
+    if not pid:
         return
-    pidfd = os.pidfd_open(call.status.pid)
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        await _readable(pidfd)
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)  # noqa: ASYNC222 - it has ended, as was waited for
-    finally:
-        os.close(pidfd)
+    _kill_child(pid)
+    # Out of descriptors, the wait is a blocking one: better than a zombie, and short.
+    with contextlib.suppress(OSError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            await _readable(pidfd)
+        finally:
+            os.close(pidfd)
+    os.waitpid(pid, 0)  # noqa: ASYNC222 - it has ended
 
 
 async def _readable(fd: int) -> None:

@@ -188,6 +188,8 @@ def start_error(failure: Failure, spec: LaunchSpec) -> StartError:
         message = "the launcher refused what it was told"
         if errno == EPERM:
             message += ": no program is started as root"
+        else:
+            remedy = "it may be of another version: run `python -m pactown_runner.launcher.build`"
     elif step in ("regain", "readback") and errno == EPERM:
         message = f"the launcher's checks failed at step {step}: the program would have kept privileges"
     else:

@@ -173,6 +173,10 @@ def test_directories_are_made_and_entered_as_the_tenant(spec: MakeSpec, users_ba
     assert (made.st_uid, made.st_gid, made.st_mode & 0o7777) == (tenant, tenant, 0o700)
 
 
+def test_without_directories_it_stands_at_the_root(spec: MakeSpec) -> None:
+    assert output(spec("pwd")) == "/\n"
+
+
 def test_a_setuid_program_gains_nothing(spec: MakeSpec, users_base: Path, tenant: int) -> None:
     program = users_base / "id"
     shutil.copy("/usr/bin/id", program)

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import errno
 import os
+import resource
 import signal
 import subprocess
 import warnings
@@ -151,6 +152,32 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
+@pytest.mark.each_loop
+async def test_out_of_descriptors_nothing_is_left(spec: MakeSpec, leaf: Leaf) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reached: set[str] = set()
+    for room in range(14):
+        used = max(int(name) for name in os.listdir("/proc/self/fd"))
+        fill = [os.dup(leaf.fd) for _ in range(used + 1 - len(os.listdir("/proc/self/fd")))]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(fill, default=used) + 1 + room, hard))
+        try:
+            outcome = (await asyncio.gather(launch_async(spec("sleep", "1000"), leaf.fd), return_exceptions=True))[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in fill:
+                os.close(fd)
+        if isinstance(outcome, Started):
+            reached.add("started")
+            signal.pidfd_send_signal(outcome.pidfd, signal.SIGKILL)
+            await end_of(outcome)
+        else:
+            assert isinstance(outcome, StartError), outcome
+            assert outcome.errno == errno.EMFILE
+            reached.add(outcome.step)
+            assert leaf.pids() == []
+    assert reached >= {"launcher", "started"}
+
+
 # ---- Popen
 
 
@@ -205,7 +232,7 @@ def test_without_the_program_the_remedy_is_named(
     spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert launcher_path().name == "launch"
-    monkeypatch.setattr("pactown_runner.launcher.start._BINARY", tmp_path / "launch")
+    monkeypatch.setattr("pactown_runner.launcher.call._BINARY", tmp_path / "launch")
     with pytest.raises(LauncherError, match=r"missing \(.*launcher\.build"):
         launch_popen(spec("true"), None)
     (tmp_path / "launch").touch(mode=0o644)
