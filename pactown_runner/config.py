@@ -68,9 +68,11 @@ class Settings:
                 raise ConfigError(f"uid range {first}-{last} is not a range of uids above 0")
         if not self.uid_ranges:
             raise ConfigError("uid_ranges is empty, so no user could ever be made")
-        for name in ("stop_grace", "takeover_interval"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be a number of seconds, 0 or more")
+        if not 0 <= self.stop_grace < float("inf"):
+            raise ConfigError(f"stop_grace must be a number of seconds, 0 or more, not {self.stop_grace!r}")
+        # Without a pause the look for dead owners would be all that the loop does.
+        if not 0 < self.takeover_interval < float("inf"):
+            raise ConfigError(f"takeover_interval must be a number of seconds above 0, not {self.takeover_interval!r}")
         if self.on_crash not in ("adopt", "kill"):
             raise ConfigError(f"on_crash must be 'adopt' or 'kill', not {self.on_crash!r}")
 
@@ -171,6 +173,7 @@ def _default_dirs(values: dict[str, Any], environ: Mapping[str, str]) -> dict[st
 
 def _writable(path: Path) -> bool:
     """Whether `path`, or else the nearest directory above it that exists, can be written by this process."""
-    while not path.exists():
+    # Not `Path.exists`: it raises for a directory that may not be entered.
+    while not os.path.exists(path):
         path = path.parent
     return os.access(path, os.W_OK | os.X_OK)

@@ -41,6 +41,7 @@ MAX_USER_ID_BYTES = 1024
 
 def check_user_id(user_id: str) -> str:
     """Return `user_id`, or raise `SpecError` if it is empty, longer than 1,024 bytes, holds NUL or is not UTF-8."""
+    _check_text("user id", user_id)
     try:
         raw = user_id.encode()
     except UnicodeEncodeError as error:
@@ -52,6 +53,7 @@ def check_user_id(user_id: str) -> str:
 
 def check_service_id(service_id: str) -> str:
     """Return `service_id`, or raise `SpecError` unless it matches `[A-Za-z0-9][A-Za-z0-9._-]{0,62}`."""
+    _check_text("service id", service_id)
     if not _SERVICE_ID.fullmatch(service_id):
         raise SpecError(
             f"service id {service_id!r} is not allowed",
@@ -121,22 +123,30 @@ class SandboxSpec:
     def __post_init__(self) -> None:
         check_user_id(self.user_id)
         check_service_id(self.service_id)
+        for word in self._words():
+            _refuse_nul("command", word)
         if not self.argv[0]:
             raise SpecError("command is empty")
-        for word in self.argv:
-            _refuse_nul("command", word)
         for name, value in self.env.items():
+            _check_text("environment name", name)
             if not _ENV_NAME.fullmatch(name):
                 raise SpecError(f"environment name {name!r} is not allowed", remedy="names have no '=' and no NUL")
             _refuse_nul(f"environment variable {name}", value)
         if self.cwd is not None:
             _refuse_nul("cwd", str(self.cwd))
         for name in ("timeout", "stop_grace"):
-            seconds = getattr(self, name)
-            if seconds is not None and not 0 <= seconds < float("inf"):
-                raise SpecError(f"{name} must be a number of seconds, 0 or more, not {seconds!r}")
+            _check_seconds(name, getattr(self, name))
+        object.__setattr__(self, "namespaces", frozenset(self.namespaces))
         if unknown := self.namespaces - {"ipc", "net", "uts"}:
             raise SpecError(f"unknown namespaces: {', '.join(sorted(unknown))}", remedy="choose from ipc, net, uts")
+
+    def _words(self) -> Sequence[str]:
+        if isinstance(self.command, str):
+            return (self.command,)
+        # A list of words holds strings; the words of a `bytes` are numbers.
+        if not isinstance(self.command, Sequence):
+            raise SpecError(f"command must be a string or a sequence of strings, not {self.command!r}")
+        return self.command
 
     @property
     def argv(self) -> tuple[str, ...]:
@@ -170,7 +180,20 @@ class SandboxSpec:
             raise SpecError(f"not a sandbox's spec: {error}") from error
 
 
+def _check_text(what: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise SpecError(f"{what} must be a string, not {text!r}")
+
+
+def _check_seconds(what: str, seconds: object) -> None:
+    if seconds is None:
+        return
+    if not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
+        raise SpecError(f"{what} must be a number of seconds, 0 or more, not {seconds!r}")
+
+
 def _refuse_nul(what: str, text: str) -> None:
+    _check_text(what, text)
     if "\0" in text:
         raise SpecError(f"{what} holds a NUL byte, which no program can be given")
 

@@ -8,17 +8,16 @@ processes may come for it at once; the registry's compare-and-swap gives it to o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cgroups import Cgroup, GoneError
+from cgroups import GoneError
 
 from .host import Host
-from .logs import LogPaths, LogPump
+from .logs import LogError, LogPaths, LogPump
 from .registry import SandboxRow
 from .trees import Scope, slice_name
 
-__all__ = ["Found", "claim_left_behind", "end_left_behind", "sweep"]
+__all__ = ["Found", "claim_left_behind", "end_left_behind", "forget_dead_owners", "sweep"]
 
 _log = logging.getLogger(__name__)
 
@@ -59,53 +58,76 @@ def claim_left_behind(host: Host, *, services: bool) -> list[Found]:
 async def end_left_behind(host: Host, found: Found) -> None:
     """Kill what still runs of it, write down what it had printed, and give its name free."""
     row = found.row
-    await host.in_thread(_empty, host, slice_name(row.key), f"{row.service_id}.scope")
-    paths = LogPaths(host.settings.log_dir, host.settings.run_dir, row.key)
-    if (row.service_id, row.run_id) in await host.in_thread(paths.leftovers):
-        user_id = host.registry.key_holder(row.key) or ""
-        pump = LogPump(
-            paths=paths, user_id=user_id, service_id=row.service_id, run_id=row.run_id, uid=-1, gid=-1, hub=host.hub
-        )
+    if await host.in_thread(_end_scope, host, row):
+        await _finish_log(host, row.key, row.service_id, row.run_id)
+        await host.in_thread(host.registry.release, row.key, row.service_id, row.run_id)
+
+
+async def sweep(host: Host) -> None:
+    """Remove what bears our state's mark and no record names, and forget owners that are dead."""
+    for key, service_id, run_id in await host.in_thread(_sweep, host):
+        _log.warning("the output of run %s of %s was left behind, and is written down now", run_id, service_id)
+        await _finish_log(host, key, service_id, run_id)
+
+
+def forget_dead_owners(host: Host) -> None:
+    """Remove the files of dead owners who left nothing; blocking."""
+    # In this order: an owner that is dead has made all the records that it ever will.
+    dead = host.owner.dead_owners()
+    if dead:
+        named = {row.owner for row in host.registry.rows()}
+        for owner_id in set(dead) - named:
+            host.owner.remove(owner_id)
+
+
+def _end_scope(host: Host, row: SandboxRow) -> bool:
+    """False if the row is not ours any more, and its name perhaps another run's."""
+    claimed = host.registry.row(row.key, row.service_id)
+    if claimed is None or (claimed.run_id, claimed.owner) != (row.run_id, host.owner.owner_id):
+        return False
+    host.tree.end_scope(slice_name(row.key), f"{row.service_id}.scope")
+    return True
+
+
+async def _finish_log(host: Host, key: str, service_id: str, run_id: str) -> None:
+    """Write down what is in the FIFOs and spools of a run that has ended, if there are any."""
+    paths = LogPaths(host.settings.log_dir, host.settings.run_dir, key)
+    if (service_id, run_id) not in await host.in_thread(paths.leftovers):
+        return
+    user_id = await host.in_thread(host.registry.key_holder, key) or ""
+    pump = LogPump(paths=paths, user_id=user_id, service_id=service_id, run_id=run_id, uid=-1, gid=-1, hub=host.hub)
+    try:
         await host.in_thread(lambda: pump.adopt(alive=False))
         await pump.finish()
-    await host.in_thread(host.registry.release, row.key, row.service_id, row.run_id)
+    except (LogError, OSError) as error:
+        # It stays where it is, for the next sweep.
+        _log.error("the log of run %s of %s is not complete: %s", run_id, service_id, error)
+        pump.detach()
 
 
-def sweep(host: Host) -> list[str]:
-    """Empty and remove scopes that bear our state's mark and have no row; blocking. Returns their paths."""
-    # In this order: a row is there before its scope, so a scope without one is not about to get one.
+def _sweep(host: Host) -> list[tuple[str, str, str]]:
+    # In this order: a row is there before what it names, so what has none by now is not about to get one.
     scopes = list(host.tree.scopes())
-    known = {(slice_name(row.key), f"{row.service_id}.scope") for row in host.registry.rows()}
-    swept = []
+    keys = [user.key for user in host.users.list()]
+    outputs = {
+        (key, *left) for key in keys for left in LogPaths(host.settings.log_dir, host.settings.run_dir, key).leftovers()
+    }
+    rows = host.registry.rows()
+    known = {(slice_name(row.key), f"{row.service_id}.scope") for row in rows}
     for scope in scopes:
-        if (scope.slice_name, scope.name) not in known and _empty(host, scope.slice_name, scope.name):
-            swept.append(f"{scope.slice_name}/{scope.name}")
-            _log.warning("removed the cgroup %s/%s, which no record names", scope.slice_name, scope.name)
-    return swept
+        here = (scope.slice_name, scope.name)
+        if here not in known and host.tree.end_scope(*here, run_id=scope.run_id):
+            _log.warning("removed the cgroup %s/%s, which no record names", *here)
+    host.tree.remove_unused_slices()
+    forget_dead_owners(host)
+    return sorted(outputs - {(row.key, row.service_id, row.run_id) for row in rows})
 
 
 def _is_live(host: Host, scope: Scope, run_id: str) -> bool:
     if scope.run_id != run_id:
         return False
-    for group in _opened(host, scope.slice_name, scope.name):
-        return group.populated()
-    return False
-
-
-def _empty(host: Host, slice_: str, name: str) -> bool:
-    for group in _opened(host, slice_, name):
-        group.kill()
-        group.wait_empty()
-        group.remove()
-        return True
-    return False
-
-
-def _opened(host: Host, slice_: str, name: str) -> Iterator[Cgroup]:
-    """The scope, or nothing if it is not there."""
     try:
-        group = host.tree.open_scope(slice_, name)
+        with host.tree.open_scope(scope.slice_name, scope.name) as group:
+            return group.populated()
     except GoneError:
-        return
-    with group:
-        yield group
+        return False

@@ -18,16 +18,18 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import anyio
 
-from cgroups import CgroupError, FrozenTimeoutError, GoneError, Limits, Stats, WaitTimeoutError
+from cgroups import Cgroup, CgroupError, ExistsError, GoneError, Limits, Stats
 
-from .errors import RunnerError, StartError, StateError
+from .errors import RunnerError, SpecError, StartError, StateError
+from .exits import reap
 from .host import Host
 from .launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_async
 from .logs import LogError, LogPaths, LogPump, read_log
@@ -39,12 +41,16 @@ from .trees import Main, apply_limits, slice_name
 __all__ = ["Host", "Sandbox", "tenant_environment"]
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 START_TIMEOUT = 30.0
 """Seconds in which the launcher must have executed the program. It takes milliseconds."""
 
 FREEZE_TIMEOUT = 10.0
 """Seconds in which the kernel must have frozen or thawed a sandbox. It waits for running system calls only."""
+
+RETRY_PAUSE = 0.1
+"""Seconds until the next try to end a sandbox, where that failed for want of descriptors, say."""
 
 
 class Sandbox:
@@ -82,6 +88,8 @@ class Sandbox:
         self._ending: Reason | None = None
         self._patience = anyio.CancelScope()
         self._pid = 0
+        self._given_back = False
+        self._tenant_oom_before = 0
         self._limits: dict[str, str] = {}
         self._isolation: IsolationReport | None = None
         self._pidfd: int | None = None
@@ -161,15 +169,21 @@ class Sandbox:
 
         Args:
             grace: seconds; None takes the spec's `stop_grace`, else the settings'.
+
+        Raises:
+            SpecError: that is no number of seconds.
+            StartError: it never ran.
         """
         if grace is None:
             grace = self._host.settings.stop_grace if self.spec.stop_grace is None else self.spec.stop_grace
+        elif not 0 <= grace < float("inf"):
+            raise SpecError(f"grace must be a number of seconds, 0 or more, not {grace!r}")
         await self._started.wait()
-        if not self._ended.is_set():
+        if not self._given_back:
             # The deadline first: the life's own task enforces it, even if the caller goes away in the meantime.
             self._end_by(grace)
             if grace > 0:
-                await self._host.in_thread(self._ask_to_end)
+                await self._on_cgroup(self._ask_to_end)
         return await self.wait()
 
     async def kill(self) -> Outcome:
@@ -182,7 +196,7 @@ class Sandbox:
         Raises:
             StateError: it has ended, or did not freeze in time.
         """
-        await self._refrigerate(State.FROZEN, self._cgroup.freeze)
+        await self._refrigerate(State.FROZEN, lambda cgroup: cgroup.freeze(FREEZE_TIMEOUT))
 
     async def thaw(self) -> None:
         """Let a frozen sandbox run again.
@@ -190,7 +204,7 @@ class Sandbox:
         Raises:
             StateError: it has ended.
         """
-        await self._refrigerate(State.RUNNING, self._cgroup.thaw)
+        await self._refrigerate(State.RUNNING, lambda cgroup: cgroup.thaw(FREEZE_TIMEOUT))
 
     async def set_limits(self, limits: Limits) -> None:
         """Change limits while it runs. None fields stay as they are; all of them are changed, or none.
@@ -200,10 +214,15 @@ class Sandbox:
             StateError: it has ended.
         """
         self._must_live()
-        held = await self._host.in_thread(apply_limits, self._cgroup, limits)
+        try:
+            held = await self._on_cgroup(lambda cgroup: apply_limits(cgroup, limits))
+        except GoneError as error:
+            raise self._wrong_state() from error
         self._limits |= held
         if self._isolation is not None:
-            self._isolation = replace(self._isolation, limits=self._limits)
+            self._isolation = isolation = replace(self._isolation, limits=dict(self._limits))
+            if self.kind == "service" and not self._given_back:
+                await self._on_cgroup(lambda cgroup: Main.update(cgroup, isolation))
 
     async def stats(self) -> Stats:
         """What it uses now; after its end, what it used.
@@ -213,11 +232,17 @@ class Sandbox:
         """
         if self._outcome is not None and self._outcome.stats is not None:
             return self._outcome.stats
-        self._must_live()
-        return await self._host.in_thread(self._cgroup.stats)
+        if self._state is State.STARTING or self._given_back:
+            raise self._wrong_state()
+        try:
+            return await self._on_cgroup(Cgroup.stats)
+        except GoneError as error:
+            raise self._wrong_state() from error
 
-    def logs(self, *, follow: bool = False, tail: int | None = None, since: int = 0) -> AsyncIterator[LogRecord]:
-        """The service's log, over all its runs; with `follow` until this run has ended and all is read.
+    async def logs(
+        self, *, follow: bool = False, tail: int | None = None, since: int = 0
+    ) -> AsyncGenerator[LogRecord, None]:
+        """What this run has printed; with `follow` until it has ended and all is read.
 
         Any number of readers may follow; a slow one delays neither the sandbox nor the others.
 
@@ -226,8 +251,12 @@ class Sandbox:
             tail: begin with the last so many records.
             since: begin behind the record of this sequence number.
         """
-        log = self._pump.paths.log(self.service_id)
-        return read_log(log, follow=follow, tail=tail, since_seq=since, feed=self._pump.feed)
+        await self.started()
+        log, feed = self._pump.paths.log(self.service_id), self._pump.feed
+        records = read_log(log, follow=follow, tail=tail, since_seq=since, run_id=self.run_id, feed=feed)
+        async with contextlib.aclosing(records):
+            async for record in records:
+                yield record
 
     async def send(self, data: bytes) -> None:
         """Write to its standard input, as fast as it reads.
@@ -235,14 +264,18 @@ class Sandbox:
         Raises:
             StateError: it was started without `stdin`, has ended, or has closed its standard input.
         """
-        if self._stdin is None:
-            raise StateError("it has no open standard input", remedy="start it with stdin=True")
         view = memoryview(data)
-        while view:
+        while True:
+            if self._stdin is None:
+                raise StateError(f"{self!r} has no open standard input", remedy="start it with stdin=True")
+            if not view:
+                return
             try:
                 view = view[os.write(self._stdin, view) :]
             except BlockingIOError:
-                await anyio.wait_writable(self._stdin)
+                # Closed by us meanwhile: the next turn says so.
+                with contextlib.suppress(anyio.ClosedResourceError):
+                    await anyio.wait_writable(self._stdin)
             except BrokenPipeError as error:
                 raise StateError("the program has closed its standard input") from error
 
@@ -272,23 +305,37 @@ class Sandbox:
                 self._state = State.RUNNING
                 self._started.set()
                 await self._first_exit()
-            except RunnerError as error:
+            except Exception as error:
                 failure = error
             outcome = await self._give_back(held)
         except Exception as error:
-            if not isinstance(error, RunnerError):
-                _log.exception("%r failed", self)
             failure = error
         except BaseException:
             # The loop is being torn down under us: nothing may be awaited, but nothing may go on running either.
             self._let_go()
             raise
         finally:
+            if failure is not None:
+                failure = self._understood(failure)
             self._outcome, self._failure = outcome if failure is None else None, failure
             self._state = State.ENDED
             self._on_end(self)
             self._started.set()
             self._ended.set()
+
+    def _understood(self, error: Exception) -> Exception:
+        """What the kernel refused on the way to a start is a failed start; what nobody foresaw is logged."""
+        if isinstance(error, RunnerError):
+            return error
+        if isinstance(error, CgroupError | OSError) and not self._started.is_set():
+            step = "cgroup" if isinstance(error, CgroupError) else "resources"
+            remedy = error.remedy if isinstance(error, CgroupError) else None
+            message = error.message if isinstance(error, CgroupError) else str(error)
+            failed = StartError(f"cannot make the sandbox: {message}", step=step, errno=error.errno or 0, remedy=remedy)
+            failed.__cause__ = error
+            return failed
+        _log.error("%r failed", self, exc_info=error)
+        return error
 
     def _take(self) -> ExitStack:
         """Take the claim, the cgroup and the log, in a worker thread. What is returned gives them back."""
@@ -307,14 +354,23 @@ class Sandbox:
             )
             host.registry.claim(row)
             held.callback(host.registry.release, user.key, spec.service_id, self.run_id)
-            self._cgroup = held.enter_context(host.tree.scope(user.key, spec.service_id, self.run_id))
-            held.callback(self._cgroup.remove)
+            self._cgroup = held.enter_context(self._make_cgroup())
+            held.callback(self._remove_cgroup)
             limits = spec.limits if spec.limits is not None else host.settings.default_limits
             self._limits = apply_limits(self._cgroup, limits)
             self._tenant_oom_before = host.tree.tenant_oom(user.key)
             self._pump = self._make_pump()
             self._pump.create()
             return held.pop_all()
+
+    def _make_cgroup(self) -> Cgroup:
+        tree, key = self._host.tree, self._user.key
+        try:
+            return tree.scope(key, self.service_id, self.run_id)
+        except ExistsError:
+            # The claim is ours, so what is there under this name is nobody's.
+            tree.end_scope(slice_name(key), f"{self.service_id}.scope")
+            return tree.scope(key, self.service_id, self.run_id)
 
     def _take_over(self, row: SandboxRow) -> ExitStack:
         """Take what a dead owner left running; the claim is ours already."""
@@ -323,16 +379,28 @@ class Sandbox:
         if user is None:
             raise StateError(f"{self!r} runs for a user who is not registered")
         self._user = user
+        self.started_at = row.created_at
+        self._began = time.monotonic() - max(0.0, time.time() - row.created_at)
+        self._tenant_oom_before = host.tree.tenant_oom(user.key)
         with ExitStack() as held:
-            held.callback(host.registry.release, row.key, row.service_id, row.run_id)
-            self._cgroup = held.enter_context(host.tree.open_scope(slice_name(row.key), f"{row.service_id}.scope"))
-            held.callback(self._cgroup.remove)
-            if (main := Main.read(self._cgroup)) is not None:
-                self._pid, self._isolation = main.pid, main.isolation
+            # Should this fail, whoever called us ends what is left: it goes on running, and the claim stands.
+            self._cgroup = cgroup = held.enter_context(
+                host.tree.open_scope(slice_name(row.key), f"{row.service_id}.scope")
+            )
+            if (main := Main.read(cgroup)) is not None:
+                self._pid, self._isolation, self._limits = main.pid, main.isolation, dict(main.isolation.limits)
                 self._pidfd = main.pidfd()
             self._pump = self._make_pump()
-            self._pump.adopt()
-            return held.pop_all()
+            try:
+                self._pump.adopt()
+            except BaseException:
+                self._close_pidfd()
+                raise
+            held.pop_all()
+        held.callback(host.registry.release, row.key, row.service_id, row.run_id)
+        held.enter_context(cgroup)
+        held.callback(self._remove_cgroup)
+        return held
 
     def _make_pump(self) -> LogPump:
         settings, user = self._host.settings, self._user
@@ -357,6 +425,9 @@ class Sandbox:
         if self.spec.stdin:
             stdin, self._stdin = os.pipe2(os.O_CLOEXEC)
             os.set_blocking(self._stdin, False)
+            if os.geteuid() == 0:
+                # For programs that open /dev/stdin again.
+                os.fchown(stdin, self._user.linux_uid, self._user.linux_gid)
         try:
             with anyio.fail_after(START_TIMEOUT):
                 launched = await launch_async(launch_spec(self.spec, self._user), self._cgroup.fd, stdin, out, err)
@@ -375,7 +446,7 @@ class Sandbox:
     async def _first_exit(self) -> None:
         """Wait until the program has exited, or its time is up; when asked to stop, for all of its processes."""
         if self.spec.timeout is not None:
-            self._patience.deadline = anyio.current_time() + self.spec.timeout
+            self._patience.deadline = anyio.current_time() + self._began + self.spec.timeout - time.monotonic()
         with self._patience:
             if self._pidfd is not None:
                 await readable(self._pidfd)
@@ -395,25 +466,42 @@ class Sandbox:
 
     async def _give_back(self, held: ExitStack) -> Outcome:
         """End what is left, finish the log, and give back all that was taken."""
-        if self._cgroup.populated():
-            self._survivors = await self._host.in_thread(self._kill_rest)
-            await self._emptied()
-        ended = time.monotonic()
+        # From here on nobody else uses the cgroup, which is about to go.
+        self._given_back = True
         self._state = State.STOPPING
+        await self._end_rest()
+        ended = time.monotonic()
         self.close_stdin()
         try:
             await self._pump.finish()
-        except LogError as error:
+        except (LogError, OSError) as error:
             _log.error("log of %r is not complete: %s", self, error)
             self._pump.detach()
         return await self._host.in_thread(self._conclude, held, ended - self._began)
 
+    async def _end_rest(self) -> None:
+        """Kill what outlived the first process or its time. Returns only when nothing runs any more."""
+        while True:
+            try:
+                if self._cgroup.populated():
+                    self._survivors = await self._host.in_thread(self._kill_rest)
+                    await self._emptied()
+            except GoneError:
+                return
+            except (CgroupError, OSError) as error:
+                # Such as too many open files. To give up would leave it running with nobody to know of it.
+                _log.error("cannot end %r yet: %s", self, error)
+                await anyio.sleep(RETRY_PAUSE)
+            else:
+                return
+
     def _conclude(self, held: ExitStack, wall_seconds: float) -> Outcome:
         """Read the last counters and give everything back, in a worker thread."""
-        status = self._reap()
-        stats = self._cgroup.stats()
-        tenant_oom = self._tenant_oom_before != self._host.tree.tenant_oom(self._user.key)
-        held.close()
+        with held:
+            status = ExitStatus() if self._pidfd is None else reap(self._pidfd, self._pid)
+            self._close_pidfd()
+            stats = self._last_stats()
+            tenant_oom = self._tenant_oom_before != self._host.tree.tenant_oom(self._user.key)
         return outcome_of(
             status,
             asked=self._ending,
@@ -423,32 +511,55 @@ class Sandbox:
             wall_seconds=wall_seconds,
         )
 
-    def _reap(self) -> ExitStatus:
-        if self._pidfd is None:
-            return ExitStatus()
+    def _last_stats(self) -> Stats:
         try:
-            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        except ChildProcessError:
-            # Not our child: a predecessor's, or somebody reaped it although it was not his.
-            return ExitStatus()
-        finally:
+            return self._cgroup.stats()
+        except CgroupError as error:
+            _log.error("cannot read the counters of %r: %s", self, error)
+            return Stats()
+
+    def _remove_cgroup(self) -> None:
+        try:
+            self._cgroup.remove()
+        except CgroupError as error:
+            # Nothing runs in it. Whoever starts this service next tries again.
+            _log.error("cannot remove the cgroup of %r: %s", self, error)
+
+    def _close_pidfd(self) -> None:
+        if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
-        assert ended is not None
-        if ended.si_code == os.CLD_EXITED:
-            return ExitStatus(exit_code=ended.si_status)
-        return ExitStatus(signal=ended.si_status)
 
     def _kill_rest(self) -> int:
         rest = len(self._cgroup.pids())
         self._cgroup.kill()
         return rest
 
-    def _ask_to_end(self) -> None:
-        """Thaw first: a frozen process acts on no signal but SIGKILL."""
-        with contextlib.suppress(GoneError, FrozenTimeoutError, WaitTimeoutError):
-            self._cgroup.thaw(FREEZE_TIMEOUT)
-            self._cgroup.signal(signal.SIGTERM)
+    @staticmethod
+    def _ask_to_end(cgroup: Cgroup) -> None:
+        try:
+            # Frozen, a process acts on no signal but SIGKILL; stopped, on none but SIGKILL and SIGCONT.
+            cgroup.request_freeze(False)
+            cgroup.signal(signal.SIGTERM)
+            cgroup.signal(signal.SIGCONT)
+        except GoneError:
+            pass
+        except CgroupError as error:
+            # The grace time runs all the same, and what is left then is killed.
+            _log.warning("not everything in %s could be asked to end: %s", cgroup.path, error)
+
+    async def _on_cgroup(self, action: Callable[[Cgroup], T]) -> T:
+        """Do something with the cgroup in a worker thread, where it is held by a descriptor of its own.
+
+        The sandbox may end meanwhile, and its descriptor's number stand for another sandbox's cgroup.
+        """
+        own = Cgroup(os.dup(self._cgroup.fd), str(self._cgroup.path))
+
+        def act() -> T:
+            with own:
+                return action(own)
+
+        return await asyncio.shield(self._host.in_thread(act))
 
     def _end_by(self, grace: float) -> None:
         if self._ending is None:
@@ -456,10 +567,10 @@ class Sandbox:
         self._state = State.STOPPING
         self._patience.deadline = min(self._patience.deadline, anyio.current_time() + grace)
 
-    async def _refrigerate(self, to: State, action: Callable[[float], None]) -> None:
+    async def _refrigerate(self, to: State, action: Callable[[Cgroup], None]) -> None:
         self._must_live()
         try:
-            await self._host.in_thread(action, FREEZE_TIMEOUT)
+            await self._on_cgroup(action)
         except CgroupError as error:
             raise StateError(error.message, remedy=error.remedy) from error
         if self._state in (State.RUNNING, State.FROZEN):
@@ -467,14 +578,22 @@ class Sandbox:
 
     def _must_live(self) -> None:
         if self._state not in (State.RUNNING, State.FROZEN):
-            raise StateError(f"sandbox {self.user_id}/{self.service_id} is {self._state}, not running")
+            raise self._wrong_state()
+
+    def _wrong_state(self) -> StateError:
+        return StateError(f"sandbox {self.user_id}/{self.service_id} is {self._state}, not running")
 
     def _let_go(self) -> None:
         """End it without waiting; the registry keeps its row, and the next owner finishes what is left."""
         with contextlib.suppress(AttributeError, CgroupError):
             self._cgroup.kill()
+            self._cgroup.close()
         with contextlib.suppress(AttributeError):
             self._pump.detach()
+        self._close_pidfd()
+        if self._stdin is not None:
+            os.close(self._stdin)
+            self._stdin = None
 
 
 async def readable(fd: int) -> None:

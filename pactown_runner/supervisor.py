@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -15,13 +15,14 @@ import anyio
 from anyio import to_thread
 
 from .config import Settings
-from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError
+from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError, TreeError
+from .homes import SandboxFiles
 from .host import Host
 from .logs import LogHub, LogPaths, read_log
-from .models import IsolatedUser, LogRecord, Outcome, SandboxSpec
+from .models import IsolatedUser, LogRecord, Outcome, SandboxSpec, check_service_id
 from .outcomes import failed_to_start
 from .owners import Owner
-from .recovery import Found, claim_left_behind, end_left_behind, sweep
+from .recovery import Found, claim_left_behind, end_left_behind, forget_dead_owners, sweep
 from .registry import Kind, Registry
 from .sandbox import Sandbox
 from .trees import open_tree
@@ -64,6 +65,8 @@ class Supervisor:
         self.settings = settings
         self._role = role
         self._host: Host | None = None
+        self._files: SandboxFiles | None = None
+        self._refusal: RunnerError = StateError("the supervisor is not running", remedy="use it within `async with`")
         self._held = ExitStack()
         self._sandboxes: dict[tuple[str, str], Sandbox] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -72,52 +75,94 @@ class Supervisor:
     # Its life ---------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        if self._host is not None:
+            raise StateError("the supervisor is running already")
         hub = LogHub()
         self._held.callback(hub.close)
         try:
             self._host = host = await to_thread.run_sync(self._open, hub)
-            self.users = SupervisorUsers(host.users)
-            await self._take_over(host)
-            await host.in_thread(sweep, host)
+            if host is not None:
+                self._files = SandboxFiles(host)
+                self._held.callback(self._files.close)
+                await self._take_over(host)
+                await sweep(host)
+                self._patrol = asyncio.create_task(self._watch_owners(host), name="pactown-owners")
         except BaseException:
-            await self._close()
+            with anyio.CancelScope(shield=True):
+                await self._close()
             raise
-        self._patrol = asyncio.create_task(self._watch_owners(host), name="pactown-owners")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._patrol is not None:
-            self._patrol.cancel()
-            await asyncio.wait([self._patrol])
         with anyio.CancelScope(shield=True):
             await self._close()
 
-    def _open(self, hub: LogHub) -> Host:
+    def _open(self, hub: LogHub) -> Host | None:
+        """Open all that is shared. Without root there may be no place for sandboxes, but there are users and logs."""
         settings = self.settings
         with ExitStack() as held:
             registry = held.enter_context(Registry(settings.state_dir / "registry.db"))
             owner = held.enter_context(Owner(settings.state_dir))
-            tree = open_tree(
-                cgroup_slice=settings.cgroup_slice,
-                state_id=registry.state_id,
-                tenant_limits=settings.tenant_limits,
-            )
-            held.callback(tree.close)
+            LogPaths(settings.log_dir, settings.run_dir, "").prepare()
             users = Users(settings, registry)
+            self.users = SupervisorUsers(users)
+            try:
+                tree = open_tree(
+                    cgroup_slice=settings.cgroup_slice,
+                    state_id=registry.state_id,
+                    tenant_limits=settings.tenant_limits,
+                )
+            except TreeError as error:
+                if settings.root_mode:
+                    raise
+                self._refusal = error
+                self._held.push(held.pop_all())
+                return None
+            held.callback(tree.close)
             threads = held.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="pactown"))
             self._held.push(held.pop_all())
         return Host(settings=settings, registry=registry, users=users, tree=tree, hub=hub, owner=owner, threads=threads)
 
     async def _close(self) -> None:
+        """End everything. A cancellation meanwhile is raised when all is done: what would be left, nobody would see."""
+        # From here on nothing can be started.
+        self._host = self._files = None
+        ending = asyncio.ensure_future(self._end_all())
+        cancelled: asyncio.CancelledError | None = None
+        while not ending.done():
+            try:
+                await asyncio.wait([ending])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        self._held.close()
+        if cancelled is not None:
+            raise cancelled
+        ending.result()
+
+    async def _end_all(self) -> None:
+        if self._patrol is not None:
+            self._patrol.cancel()
+            await asyncio.wait([self._patrol])
+            self._patrol = None
         async with anyio.create_task_group() as stopping:
             for sandbox in list(self._sandboxes.values()):
                 stopping.start_soon(_stop_quietly, sandbox)
         if self._tasks:
             await asyncio.wait(self._tasks)
-        self._host = None
-        self._held.close()
+
+    @property
+    def files(self) -> SandboxFiles:
+        """Files into and out of sandboxes.
+
+        Raises:
+            StateError: the supervisor is not running.
+            TreeError: there is no place for sandboxes here.
+        """
+        if self._files is None:
+            raise self._refusal
+        return self._files
 
     # Sandboxes --------------------------------------------------------------------------------------------------
 
@@ -187,23 +232,29 @@ class Supervisor:
 
     async def logs(
         self, user_id: str, service_id: str, *, tail: int | None = None, since: int = 0
-    ) -> AsyncIterator[LogRecord]:
+    ) -> AsyncGenerator[LogRecord, None]:
         """What a service has printed so far, over all its runs; it need not run.
 
         Args:
             tail: begin with the last so many records.
             since: begin behind the record of this sequence number.
+
+        Raises:
+            NotFoundError: there is no such user.
+            SpecError: the service id is malformed.
         """
+        check_service_id(service_id)
         user = await self.users.get(user_id)
         if user is None:
             raise NotFoundError(f"there is no user {user_id!r}")
         paths = LogPaths(self.settings.log_dir, self.settings.run_dir, user.key)
-        async for record in read_log(paths.log(service_id), tail=tail, since_seq=since):
-            yield record
+        async with aclosing(read_log(paths.log(service_id), tail=tail, since_seq=since)) as records:
+            async for record in records:
+                yield record
 
     def _begin(self, spec: SandboxSpec, kind: Kind) -> Sandbox:
         if self._host is None:
-            raise StateError("the supervisor is not running", remedy="use it within `async with`")
+            raise self._refusal
         name = (spec.user_id, spec.service_id)
         if name in self._sandboxes:
             raise AlreadyRunningError(f"service {spec.service_id!r} of user {spec.user_id!r} runs already")
@@ -226,19 +277,28 @@ class Supervisor:
             await anyio.sleep(self.settings.takeover_interval)
             try:
                 await self._take_over(host)
-            except RunnerError as error:
-                _log.error("cannot take over what another supervisor left: %s", error)
+                await host.in_thread(forget_dead_owners, host)
+            except Exception:
+                # A look that failed, on a full disk perhaps, must not be the last one.
+                _log.exception("cannot look for what other supervisors left")
 
     async def _take_over(self, host: Host) -> None:
         services = self._role == "server"
         for found in await host.in_thread(lambda: claim_left_behind(host, services=services)):
-            if found.row.kind == "service" and found.scope is not None and self.settings.on_crash == "adopt":
-                sandbox = Sandbox(
-                    host, SandboxSpec.from_json(found.row.spec), "service", self._forget, run_id=found.row.run_id
-                )
-                await self._watch_over(sandbox, found).started()
-            else:
+            adopt = found.row.kind == "service" and found.scope is not None and self.settings.on_crash == "adopt"
+            if not (adopt and await self._adopt(host, found)):
                 await end_left_behind(host, found)
+
+    async def _adopt(self, host: Host, found: Found) -> bool:
+        """Go on with a service. False if that cannot be done, and it has to be ended."""
+        try:
+            spec = SandboxSpec.from_json(found.row.spec)
+            sandbox = Sandbox(host, spec, "service", self._forget, run_id=found.row.run_id)
+            await self._watch_over(sandbox, found).started()
+        except Exception as error:
+            _log.error("cannot go on with %s, which another supervisor left: %s", found.row.cgroup, error)
+            return False
+        return True
 
 
 class SupervisorUsers:
@@ -263,7 +323,10 @@ class SupervisorUsers:
 async def _stop_quietly(sandbox: Sandbox) -> None:
     try:
         await sandbox.stop()
-    except RunnerError as error:
+    except StartError:
+        # It never ran, which its starter has been told.
+        pass
+    except Exception as error:
         _log.error("%r could not be stopped in order: %s", sandbox, error)
 
 

@@ -22,7 +22,6 @@ from cgroups import (
     BusyError,
     Cgroup,
     CgroupError,
-    ExistsError,
     GoneError,
     Limits,
     Mount,
@@ -39,6 +38,7 @@ __all__ = ["Main", "Scope", "Tree", "apply_limits", "open_tree", "slice_name"]
 _WANTED = frozenset({"cpu", "memory", "pids"})
 _STATE, _RUN, _MAIN = "pactown.state", "pactown.run", "pactown.main"
 _KEEPER = "_keeper.scope"
+_TRIES = 10
 
 _KEEP = f"""\
 cg=$1$(sed -n s/^0:://p /proc/self/cgroup)
@@ -127,53 +127,55 @@ class Tree:
         self._state_id = state_id.encode()
         self._tenant_limits = tenant_limits
         self._counts_memory = "memory" in root.enabled()
-        self._slices: dict[str, Cgroup] = {}
-        self._stale: list[Cgroup] = []
+        self._made: set[str] = set()
         self._lock = threading.Lock()
 
     def close(self) -> None:
         """Let go of the tree, and remove the slices that this process used and nobody uses any more."""
         with self._lock:
-            for group in (*self._slices.values(), *self._stale):
-                with group:
+            for key in self._made:
+                with suppress(GoneError), self.root.child(slice_name(key)) as group:
                     _remove_if_unused(group)
-            self._slices.clear()
-            self._stale.clear()
+            self._made.clear()
         self.root.close()
 
     def slice(self, key: str) -> Cgroup:
-        """The tenant's slice, made with the tenant's limits if it is not there.
+        """The tenant's slice, made with the tenant's limits if it is not there. The caller's to close.
+
+        No descriptor of it is kept: there may be more tenants than descriptors.
 
         Raises:
             LimitsError: a tenant limit cannot be enforced here.
             TreeError: a slice of that name belongs to another state.
+            GoneError: somebody removed it in this very moment.
         """
         with self._lock:
-            group = self._slices.get(key)
-            if group is None:
-                group = self._slices[key] = self._make_slice(slice_name(key))
+            if key in self._made:
+                try:
+                    return self.root.child(slice_name(key))
+                except GoneError:
+                    # Another process of this state found it empty and removed it.
+                    pass
+            group = self._make_slice(slice_name(key))
+            self._made.add(key)
             return group
 
     def tenant_oom(self, key: str) -> int:
         """How often the tenant as a whole ran into its `memory.max`; always 0 where memory is not controlled."""
-        return self.slice(key).stats().oom or 0 if self._counts_memory else 0
+        if not self._counts_memory:
+            return 0
+        with self.slice(key) as group:
+            return group.stats().oom or 0
 
     def scope(self, key: str, name: str, run_id: str) -> Cgroup:
         """Make the scope `<name>.scope` in the tenant's slice, marked with the state and the run.
 
-        The caller holds the claim to this name. What is there under it is hence nobody's, and is ended first.
+        Raises:
+            ExistsError: there is one of this name.
+            LimitsError, TreeError: see `slice`.
+            CgroupError: it cannot be made.
         """
-        while True:
-            parent = self.slice(key)
-            try:
-                scope = parent.child(f"{name}.scope", create=True)
-            except GoneError:
-                # Another process of this state found the slice empty and removed it.
-                self._forget(key, parent)
-            except ExistsError:
-                self.end_scope(parent.name, f"{name}.scope")
-            else:
-                break
+        scope = self._make_scope(key, f"{name}.scope")
         try:
             scope.mark(_STATE, self._state_id)
             scope.mark(_RUN, run_id.encode())
@@ -183,12 +185,11 @@ class Tree:
             raise
         return scope
 
-    def _forget(self, key: str, stale: Cgroup) -> None:
-        with self._lock:
-            if self._slices.get(key) is stale:
-                del self._slices[key]
-                # Closed at the end only: another thread may be about to find out that it is gone.
-                self._stale.append(stale)
+    def _make_scope(self, key: str, name: str) -> Cgroup:
+        for _ in range(_TRIES):
+            with suppress(GoneError), self.slice(key) as parent:
+                return parent.child(name, create=True)
+        raise TreeError(f"{self.root.path} was removed", remedy="start the supervisor anew")
 
     def end_scope(self, slice_: str, name: str, run_id: str | None = None) -> bool:
         """Kill what runs in a scope, and remove it; blocking. False if it is not there, or is another run's.
@@ -218,7 +219,7 @@ class Tree:
                     return True
 
     def remove_unused_slices(self) -> None:
-        """Remove the slices of this state in which nothing is, and that no live `Tree` will miss: it makes them anew."""
+        """Remove the slices of this state in which nothing is. A live `Tree` that had one makes it anew."""
         for slice_ in _closing(self.root.children()):
             if slice_.marks(_STATE) in (None, self._state_id) and slice_.name.startswith("pactown-"):
                 _remove_if_unused(slice_)
@@ -270,11 +271,14 @@ def apply_limits(group: Cgroup, limits: Limits) -> dict[str, str]:
 
     Raises:
         LimitsError: one of them cannot be enforced here, or was refused.
+        GoneError: the cgroup was removed.
     """
     if not limits:
         return {}
     try:
         return dict(group.apply(limits))
+    except GoneError:
+        raise
     except CgroupError as error:
         raise LimitsError(error.message, remedy=error.remedy) from error
 
