@@ -34,7 +34,7 @@ types: setup
 	@$(PY) -m mypy --strict $(TYPED)
 
 layers: setup
-	@.venv/bin/lint-imports
+	@.venv/bin/lint-imports --no-logo
 
 bench: setup ## measure, as benchmarks/ describes
 	@$(PY) -m benchmarks $(ARGS)

@@ -57,6 +57,7 @@ class Run:
     leaks: list[str] = field(default_factory=list)
     strangers: list[str] = field(default_factory=list)
     interrupted: bool = False
+    asked_to_end: str = ""
     finished: bool = False
 
     @property
@@ -221,7 +222,7 @@ def pytest_configure(config: pytest.Config) -> None:
         _set_environ(restore, name, value)
     tempfile.tempdir = None
     for number in (signal.SIGTERM, signal.SIGHUP):
-        previous = signal.signal(number, _like_interrupt)
+        previous = signal.signal(number, partial(_like_interrupt, run))
         restore.callback(signal.signal, number, previous)
 
 
@@ -241,7 +242,11 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Any, Any]:
     try:
         return (yield)
     finally:
-        _look_between(item.config.stash[RUN], item.nodeid)
+        run = item.config.stash[RUN]
+        _look_between(run, item.nodeid)
+        # asyncio turns an interrupt into a cancellation, and a test about those may have taken it for its own.
+        if run.asked_to_end:
+            item.session.shouldstop = run.asked_to_end
 
 
 @pytest.hookimpl(trylast=True)
@@ -273,13 +278,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.line(stranger)
 
 
-def _like_interrupt(number: int, frame: FrameType | None) -> None:
+def _like_interrupt(run: Run, number: int, frame: FrameType | None) -> None:
     """Take the road of control-C: fixtures are torn down, and the session's end comes about."""
+    run.asked_to_end = signal.Signals(number).name
     handler = signal.getsignal(signal.SIGINT)
     if callable(handler):
         handler(signal.SIGINT, frame)
     else:
-        raise KeyboardInterrupt(signal.Signals(number).name)
+        raise KeyboardInterrupt(run.asked_to_end)
 
 
 def _set_environ(restore: ExitStack, name: str, value: str) -> None:

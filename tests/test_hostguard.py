@@ -194,6 +194,28 @@ def test_a_run_that_leaves_nothing_passes(tmp_path: Path) -> None:
     assert not Path("/var/tmp", name).exists()
 
 
+def test_a_test_that_swallows_the_interrupt_is_the_last(tmp_path: Path) -> None:
+    swallows = """
+        import asyncio, os, signal, sys
+        def test_swallows():
+            async def stubborn():
+                print("READY", file=sys.__stderr__, flush=True)
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    pass
+            asyncio.run(stubborn())
+        def test_never_reached():
+            pass
+    """
+    with inner(tmp_path, swallows) as run:
+        assert _stream(run.process.stderr).readline() == "READY\n"
+        run.process.terminate()
+        status, output = run.end()
+    assert status == pytest.ExitCode.INTERRUPTED
+    assert "1 passed" in output
+
+
 def test_a_child_that_nobody_waited_for_fails_the_run(tmp_path: Path) -> None:
     forks = """
         import os, signal
