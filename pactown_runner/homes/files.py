@@ -1,0 +1,183 @@
+"""`SandboxFiles`: transfers in threads of their own, so many at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+from weakref import WeakValueDictionary
+
+import anyio
+
+from ..host import Host
+from ..jobs import JOB_TIMEOUT, Stop
+from ..models import check_service_id, check_user_id
+from .get import Get
+from .put import Put
+from .transfer import Inside, OnProgress, Transfer
+from .unpacking import Bounds
+
+__all__ = ["SandboxFiles"]
+
+T = TypeVar("T")
+
+TRANSFERS = 16
+"""Transfers at a time. The others wait; sandboxes do not, they have threads of their own."""
+
+TRANSFERS_A_TENANT = 2
+"""Transfers of one tenant at a time, whose processes may keep each of them for as long as a job's time limit."""
+
+MAX_GET_BYTES = 4 << 30
+MAX_GET_ENTRIES = 200_000
+MAX_READ_BYTES = 16 << 20
+
+_CANCEL_INTERVAL = 0.5
+
+
+class SandboxFiles:
+    """Puts files into sandboxes' directories and gets them out. The sandboxes need not run.
+
+    Use it from one event loop. Each transfer is one helper process with the tenant's uid and limits; at most
+    `TRANSFERS` run at a time, `TRANSFERS_A_TENANT` of them one tenant's, none longer than `job_timeout`. A cancelled
+    transfer has ended when the cancellation is seen.
+
+    Args:
+        host: what the supervisor's sandboxes share.
+        job_timeout: seconds.
+    """
+
+    def __init__(self, host: Host, *, job_timeout: float = JOB_TIMEOUT) -> None:
+        self._host = host
+        self._timeout = job_timeout
+        self._threads = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="pactown-files")
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._stops: set[Stop] = set()
+
+    async def put(
+        self,
+        user_id: str,
+        service_id: str,
+        source: Path | bytes,
+        target: str | PurePosixPath | None = None,
+        *,
+        on_progress: OnProgress | None = None,
+    ) -> Transfer:
+        """Put a file, a folder or some bytes into a sandbox's directory. Makes the user and the directory if missing.
+
+        A single file appears whole or not at all, also over an older one. A folder is merged into what is there, file
+        by file: files and links of the same name are replaced, others stay, and what arrived before an error stays
+        too. Links stay links. All of it is the tenant's, with no permissions for others.
+
+        Args:
+            source: a path, or the content of a file.
+            target: where it goes, relative to the sandbox's directory. By default, or for a name that ends in `/`, a
+                file keeps its name; a folder's content goes into the directory itself by default.
+
+        Raises:
+            SpecError: the target leads out of the directory, or content comes without a target.
+            FilesError: the source cannot be read or holds sockets, FIFOs or devices; or the tenant's `tar` failed.
+        """
+        check_user_id(user_id)
+        check_service_id(service_id)
+        return await self._run(
+            user_id,
+            lambda stop: Put(self._host, stop, self._timeout, on_progress).put(user_id, service_id, source, target),
+        )
+
+    async def get(
+        self,
+        user_id: str,
+        service_id: str,
+        path: str | PurePosixPath = ".",
+        destination: Path | None = None,
+        *,
+        max_bytes: int = MAX_GET_BYTES,
+        max_entries: int = MAX_GET_ENTRIES,
+        on_progress: OnProgress | None = None,
+    ) -> Transfer:
+        """Get a file or folder out of a sandbox's directory: wholly, or not at all.
+
+        Only files and folders come along. They belong to the caller, with the permissions that they had. A file under
+        several names becomes several files.
+
+        Args:
+            path: relative to the sandbox's directory, by default all of it.
+            destination: what it is to be called here; by default its own name, in the current directory. A file that
+                is there is replaced by a file; a folder that is there is an error.
+            max_bytes, max_entries: more than that is an error.
+
+        Raises:
+            NotFoundError: there is no such user, directory or file.
+            SpecError: the path leads out of the directory.
+            FilesError: it is neither file nor folder, is too large, cannot be read by the tenant, or the destination
+                cannot be written.
+        """
+        where = Inside.of(service_id, path)
+        destination = Path(destination or where.name or service_id)
+        bounds = Bounds(max_bytes, max_entries)
+        return await self._run(
+            user_id,
+            lambda stop: Get(self._host, stop, self._timeout).fetch(user_id, where, destination, bounds, on_progress),
+        )
+
+    async def read(
+        self, user_id: str, service_id: str, path: str | PurePosixPath, *, max_bytes: int = MAX_READ_BYTES
+    ) -> bytes:
+        """The content of one file in a sandbox's directory.
+
+        Raises:
+            NotFoundError: there is no such user, directory or file.
+            SpecError: the path leads out of the directory.
+            FilesError: it is no file, is larger than `max_bytes`, or the tenant cannot read it.
+        """
+        where = Inside.of(service_id, path)
+        return await self._run(
+            user_id, lambda stop: Get(self._host, stop, self._timeout).read(user_id, where, max_bytes)
+        )
+
+    def close(self) -> None:
+        """End what is under way; blocks until that has come about."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        over = threading.Event()
+
+        def hasten() -> None:
+            while not over.wait(_CANCEL_INTERVAL):
+                self._end_all()
+
+        self._end_all()
+        helper = threading.Thread(target=hasten, name="pactown-files-close")
+        helper.start()
+        self._threads.shutdown(wait=True)
+        over.set()
+        helper.join()
+
+    def _end_all(self) -> None:
+        for stop in list(self._stops):
+            stop.now("the supervisor ends")
+
+    async def _run(self, user_id: str, work: Callable[[Stop], T]) -> T:
+        """Do this in a thread of ours when it is the tenant's turn; cancelled, end it first."""
+        stop = Stop()
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        # The dictionary holds it only for as long as somebody here does.
+        turn = self._turns.setdefault(user_id, asyncio.Semaphore(TRANSFERS_A_TENANT))
+        async with turn:
+            future = self._threads.submit(work, stop)
+            self._stops.add(stop)
+            future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
+            try:
+                await ended.wait()
+            except anyio.get_cancelled_exc_class():
+                with anyio.CancelScope(shield=True):
+                    while not ended.is_set() and not future.cancel():
+                        stop.now("it was cancelled")
+                        with anyio.move_on_after(_CANCEL_INTERVAL):
+                            await ended.wait()
+                raise
+            finally:
+                self._stops.discard(stop)
+            return future.result()
