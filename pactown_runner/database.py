@@ -18,7 +18,7 @@ from types import TracebackType
 
 from .errors import RegistryError
 
-__all__ = ["BUSY_TIMEOUT", "Database", "exclusive", "make_dirs", "private_dir"]
+__all__ = ["BUSY_TIMEOUT", "BusyError", "Database", "exclusive", "make_dirs", "private_dir"]
 
 BUSY_TIMEOUT = 10.0
 """Seconds to wait for another process's write. The longest are the durable ones: some milliseconds each."""
@@ -27,6 +27,10 @@ _RESTORE = "restore it from a backup; without it nobody knows which login is who
 
 Migrations = Sequence[Sequence[str]]
 """Step n, a list of statements, leads from schema version n to n + 1. Steps are only ever added."""
+
+
+class BusyError(RegistryError):
+    """Another thread or process writes just now, and this connection does not wait."""
 
 
 class Database:
@@ -39,13 +43,16 @@ class Database:
         path: the file, made with mode 0600, in a directory made with mode 0700.
         application_id: written into the file's header; another program's database is not taken for ours.
         migrations: the schema's history.
+        waits: whether to wait for others that write. Else it raises `BusyError` at once, and never waits for the
+            disk either: it leaves it to others to move the log into the file, see `checkpoint`.
 
     Raises:
         RegistryError: the file cannot be opened, is corrupt or foreign, or has a newer schema.
     """
 
-    def __init__(self, path: Path, application_id: int, migrations: Migrations) -> None:
+    def __init__(self, path: Path, application_id: int, migrations: Migrations, *, waits: bool = True) -> None:
         self.path = path
+        self._waits = waits
         self._pid = os.getpid()
         self._lock = threading.Lock()
         private_dir(path.parent)
@@ -55,6 +62,9 @@ class Database:
             self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
             try:
                 _prepare(self._db, path, application_id, migrations)
+                if not waits:
+                    self._db.execute("PRAGMA busy_timeout = 0")
+                    self._db.execute("PRAGMA wal_autocheckpoint = 0")
             except BaseException:
                 self._db.close()
                 raise
@@ -67,7 +77,8 @@ class Database:
     def __enter__(self) -> sqlite3.Connection:
         if os.getpid() != self._pid:
             raise RegistryError(f"{self.path} was opened by a parent process", remedy="open it anew")
-        self._lock.acquire()
+        if not self._lock.acquire(blocking=self._waits):
+            raise BusyError(f"{self.path} is in use by another thread")
         return self._db
 
     def __exit__(
@@ -75,7 +86,14 @@ class Database:
     ) -> None:
         self._lock.release()
         if isinstance(error, sqlite3.Error):
+            if not self._waits and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                raise BusyError(f"{self.path} is being written by another process") from error
             raise _ours(self.path, error) from error
+
+    def checkpoint(self) -> None:
+        """Move what can be moved from the log into the file (https://www.sqlite.org/wal.html); waits for the disk."""
+        with self as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     @contextlib.contextmanager
     def durable(self) -> Iterator[sqlite3.Connection]:

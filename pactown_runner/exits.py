@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .outcomes import ExitStatus
 
-__all__ = ["reap"]
+__all__ = ["reap", "reap_foreign"]
 
 _INFO = struct.Struct("<QQ11Ii")
 """`struct pidfd_info` as Linux 6.15 has it: mask, cgroup id, pids and ids, exit status as of `wait(2)`."""
@@ -25,25 +25,26 @@ _PATIENCE = 0.1
 _PAUSE = 0.001
 
 
-def reap(pidfd: int, pid: int) -> ExitStatus:
-    """Take the exit status of a process that has ended. One that is not our child may not tell.
+def reap(pidfd: int) -> ExitStatus:
+    """Take the exit status of a child of ours that has ended.
 
-    Args:
-        pidfd: stays the caller's.
-        pid: what the descriptor stands for, as long as it has not been reaped.
+    Raises:
+        ChildProcessError: it is not, or no longer, a child of ours.
     """
-    try:
-        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    except ChildProcessError:
-        # Not our child: a dead supervisor's, or somebody reaped it although it was not his.
-        return _foreign(pidfd, pid)
+    ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
     assert ended is not None
     if ended.si_code == os.CLD_EXITED:
         return ExitStatus(exit_code=ended.si_status)
     return ExitStatus(signal=ended.si_status)
 
 
-def _foreign(pidfd: int, pid: int) -> ExitStatus:
+def reap_foreign(pidfd: int, pid: int) -> ExitStatus:
+    """Take the exit status of somebody else's child that has ended, if the kernel still tells; blocking.
+
+    Args:
+        pidfd: stays the caller's.
+        pid: what the descriptor stands for, as long as it has not been reaped.
+    """
     deadline = time.monotonic() + _PATIENCE
     while True:
         status = _from_zombie(pidfd, pid)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar, TypeVarTuple
+from typing import NamedTuple, TypeVar, TypeVarTuple
 
 from .config import Settings
 from .logs import LogHub
@@ -15,10 +15,17 @@ from .registry import Registry
 from .trees import Tree
 from .users import Users
 
-__all__ = ["Host"]
+__all__ = ["Host", "Quick"]
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+
+class Quick(NamedTuple):
+    """The registry without waiting: for the event loop, where what cannot be had at once is left to a thread."""
+
+    registry: Registry
+    users: Users
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,7 @@ class Host:
     hub: LogHub
     owner: Owner
     threads: ThreadPoolExecutor
+    quick: Quick
 
     async def in_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         """Do what may block in one of the supervisor's own threads, which nothing else can keep busy.

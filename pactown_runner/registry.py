@@ -160,14 +160,18 @@ class Registry:
             is corrupt, belongs to another program, or has a newer schema than this version knows.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, waits: bool = True) -> None:
         self.path = path
-        self._database = Database(path, _APPLICATION_ID, _MIGRATIONS)
+        self._database = Database(path, _APPLICATION_ID, _MIGRATIONS, waits=waits)
         try:
             self.state_id = self._read_state_id()
         except BaseException:
             self._database.close()
             raise
+
+    def checkpoint(self) -> None:
+        """Keep the log short for those that do not wait; see `Database.checkpoint`."""
+        self._database.checkpoint()
 
     def close(self) -> None:
         """Close the file. Closing twice is harmless; any other use after it raises `RegistryError`."""

@@ -149,16 +149,18 @@ class Tree:
             TreeError: a slice of that name belongs to another state.
             GoneError: somebody removed it in this very moment.
         """
+        if self.has_slice(key):
+            # Gone: another process of this state found it empty and removed it.
+            with suppress(GoneError):
+                return self.root.child(slice_name(key))
         with self._lock:
-            if key in self._made:
-                try:
-                    return self.root.child(slice_name(key))
-                except GoneError:
-                    # Another process of this state found it empty and removed it.
-                    pass
             group = self._make_slice(slice_name(key))
             self._made.add(key)
             return group
+
+    def has_slice(self, key: str) -> bool:
+        """Whether this process made, or found, the tenant's slice before."""
+        return key in self._made
 
     def tenant_oom(self, key: str) -> int:
         """How often the tenant as a whole ran into its `memory.max`; always 0 where memory is not controlled."""
