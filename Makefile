@@ -5,17 +5,20 @@ PY := .venv/bin/python
 TYPED := $(foreach dir,cgroups pactown_runner tests benchmarks examples,$(if $(shell find $(dir) -name '*.py' 2>/dev/null),$(dir))) $(wildcard hatch_build.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format lint types layers bench clean
+.PHONY: help setup run test test-kernel check format lint types layers bench clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
-		printf '  make %-8s %s\n' "$$name" "$$text"; done
+		printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 setup: ## make .venv and build the launcher (all others do this first)
 	@bash scripts/setup
 
 run: setup ## run the example: two tenants side by side
 	@$(PY) examples/two_tenants.py
+
+test-kernel: setup ## the tests that need cgroup v2 controllers, in a guest under QEMU
+	@$(PY) scripts/kernel_lane.py $(ARGS)
 
 test: check ## check, then every test that this machine can run
 	@$(PY) -m pytest $(ARGS)

@@ -16,7 +16,7 @@ from tests import hostsweep
 if TYPE_CHECKING:  # as a plugin it must not be imported before pytest does
     from tests.hostguard import Run
 
-pytest_plugins = ("tests.hostguard", "tests.lanes", "tests.supervising")
+pytest_plugins = ("tests.hostguard", "tests.deadline", "tests.lanes", "tests.supervising")
 
 _numbers = itertools.count(1)
 
