@@ -5,27 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar, TypeVarTuple
+from dataclasses import dataclass, field
+from typing import TypeVar, TypeVarTuple
 
 from .config import Settings
 from .logs import LogHub
+from .models import IsolatedUser
 from .owners import Owner
 from .registry import Registry
 from .trees import Tree
 from .users import Users
 
-__all__ = ["Host", "Quick"]
+__all__ = ["Host"]
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-
-
-class Quick(NamedTuple):
-    """The registry without waiting: for the event loop, where what cannot be had at once is left to a thread."""
-
-    registry: Registry
-    users: Users
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +33,10 @@ class Host:
     hub: LogHub
     owner: Owner
     threads: ThreadPoolExecutor
-    quick: Quick
+    quick: Registry
+    """The registry without waiting, for the event loop: what cannot be had at once is left to a thread."""
+    known: dict[str, IsolatedUser] = field(default_factory=dict)
+    """Users by id, as last seen. That one still is what it was only a claim tells."""
 
     async def in_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         """Do what may block in one of the supervisor's own threads, which nothing else can keep busy.

@@ -30,7 +30,7 @@ import anyio
 from cgroups import Cgroup, CgroupError, ExistsError, GoneError, Limits, Stats
 
 from .database import BusyError
-from .errors import RunnerError, SpecError, StartError, StateError
+from .errors import NotFoundError, RunnerError, SpecError, StartError, StateError
 from .exits import reap, reap_foreign
 from .host import Host
 from .launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_async
@@ -50,6 +50,9 @@ START_TIMEOUT = 30.0
 
 FREEZE_TIMEOUT = 10.0
 """Seconds in which the kernel must have frozen or thawed a sandbox. It waits for running system calls only."""
+
+KNOWN_USERS = 10_000
+"""So many users are remembered, a few hundred bytes each."""
 
 RETRY_PAUSE = 0.1
 """Seconds until the next try to end a sandbox, where that failed for want of descriptors, say."""
@@ -83,8 +86,8 @@ class Sandbox:
         self._host = host
         self._on_end = on_end
         self._state = State.STARTING
-        self._started = anyio.Event()
-        self._ended = anyio.Event()
+        self._started = asyncio.Event()
+        self._ended = asyncio.Event()
         self._failure: Exception | None = None
         self._outcome: Outcome | None = None
         self._ending: Reason | None = None
@@ -345,18 +348,23 @@ class Sandbox:
         """Take all that it needs; False, and nothing is taken, if something has to be waited for."""
         host = self._host
         try:
-            user = host.quick.users.get(self.spec.user_id)
+            user = host.known.get(self.spec.user_id)
             if user is None or not host.tree.has_slice(user.key):
                 return False
             host.users.verify(user)
-            self._take_for(user, host.quick.registry)
-        except BusyError:
+            self._take_for(user, host.quick)
+        except (BusyError, NotFoundError):
+            # Not found: the user was removed meanwhile. The long way makes it anew.
             return False
         return True
 
     def _take(self) -> None:
         """Take all that it needs; in a worker thread."""
-        self._take_for(self._host.users.get_or_create(self.spec.user_id), self._host.registry)
+        user = self._host.users.get_or_create(self.spec.user_id)
+        self._take_for(user, self._host.registry)
+        if len(self._host.known) >= KNOWN_USERS:
+            self._host.known.clear()
+        self._host.known[user.saas_user_id] = user
 
     def _take_for(self, user: IsolatedUser, registry: Registry) -> None:
         """Take the claim, the cgroup and the log, or nothing."""
@@ -520,7 +528,7 @@ class Sandbox:
     async def _release(self) -> None:
         claim = (self._user.key, self.service_id, self.run_id)
         try:
-            self._host.quick.registry.release(*claim)
+            self._host.quick.release(*claim)
         except BusyError:
             await self._host.in_thread(self._host.registry.release, *claim)
 

@@ -17,7 +17,7 @@ from anyio import to_thread
 from .config import Settings
 from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError, TreeError
 from .homes import SandboxFiles
-from .host import Host, Quick
+from .host import Host
 from .logs import LogHub, LogPaths, read_log
 from .models import IsolatedUser, LogRecord, Outcome, SandboxSpec, check_service_id
 from .outcomes import failed_to_start
@@ -106,7 +106,7 @@ class Supervisor:
             registry = held.enter_context(Registry(settings.state_dir / "registry.db"))
             owner = held.enter_context(Owner(settings.state_dir))
             LogPaths(settings.log_dir, settings.run_dir, "").prepare()
-            unwaiting = held.enter_context(Registry(settings.state_dir / "registry.db", waits=False))
+            quick = held.enter_context(Registry(registry.path, waits=False))
             users = Users(settings, registry)
             self.users = SupervisorUsers(users)
             try:
@@ -124,7 +124,6 @@ class Supervisor:
             held.callback(tree.close)
             threads = held.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="pactown"))
             self._held.push(held.pop_all())
-        quick = Quick(unwaiting, Users(settings, unwaiting))
         return Host(settings, registry, users, tree, hub, owner, threads, quick)
 
     async def _close(self) -> None:
