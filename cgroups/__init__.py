@@ -26,7 +26,9 @@ from .errors import (
 from .events import Events, Watch, read_events
 from .formats import MAX, CpuQuota, Max, format_bytes, parse_bytes, parse_cpu
 from .group import Cgroup
+from .io_limits import IoMax
 from .limits import Limits
+from .pressure import PressureWatch
 from .stats import Pressure, Stats, StatsPlan, read_stats
 from .tree import Mount, available_controllers, delegated, find_mount, own_directory, own_path
 
@@ -41,12 +43,14 @@ __all__ = [
     "FormatError",
     "FrozenTimeoutError",
     "GoneError",
+    "IoMax",
     "LimitRefusedError",
     "Limits",
     "Max",
     "Mount",
     "NotSupportedError",
     "Pressure",
+    "PressureWatch",
     "Stats",
     "StatsPlan",
     "WaitTimeoutError",

@@ -20,12 +20,14 @@ __all__ = [
     "parse_bytes",
     "parse_count",
     "parse_cpu",
+    "parse_cpus",
     "parse_flat",
     "parse_nested",
     "parse_proc_cgroup",
     "parse_swaps",
     "parse_value",
     "render_cpu_max",
+    "render_cpus",
 ]
 
 Max = Literal["max"]
@@ -42,6 +44,8 @@ _UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,20}))?\s*(?:([KMGT])(?:I?B)?|B)?", re.ASCII)
 _CORES = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(%?)", re.ASCII)
 _COUNT = re.compile(r"[0-9]{1,20}", re.ASCII)
+_CPU_RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", re.ASCII)
+_MAX_CPUS = 8_192  # kernel/Kconfig: the most that NR_CPUS can be
 
 
 class CpuQuota(NamedTuple):
@@ -133,6 +137,35 @@ def parse_count(value: int | str, *, what: str = "a count") -> int | Max:
     if not 0 <= number <= _MAX_BYTES:
         raise _refused(what, value, 'a whole number, 0 or more, or "max"')
     return number
+
+
+def parse_cpus(value: str, *, what: str = "a list of CPUs") -> frozenset[int]:
+    """Read a list of CPUs such as `"0-1,3"`, as `cpuset.cpus` has it; the empty text is the empty list.
+
+    Raises:
+        FormatError: not such a list, or a number that no CPU can have.
+    """
+    cpus: set[int] = set()
+    for part in value.split(",") if isinstance(value, str) and value.strip() else []:
+        match = _CPU_RANGE.fullmatch(part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < _MAX_CPUS:
+            raise _refused(what, value, 'CPU numbers and ranges, such as "0-1,3"')
+        cpus.update(range(first, last + 1))
+    if not isinstance(value, str):
+        raise _refused(what, value, 'CPU numbers and ranges, such as "0-1,3"')
+    return frozenset(cpus)
+
+
+def render_cpus(cpus: frozenset[int]) -> str:
+    """The shortest list of these CPUs, as the kernel writes it: `0-1,3`."""
+    parts: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if parts and parts[-1][-1] == cpu - 1:
+            parts[-1][1:] = [cpu]
+        else:
+            parts.append([cpu])
+    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 def render_cpu_max(quota: CpuQuota) -> str:

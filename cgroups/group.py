@@ -11,7 +11,7 @@ from signal import SIGKILL
 from types import TracebackType
 from typing import Self
 
-from . import directories, files, processes, writing
+from . import controllers, directories, files, processes, writing
 from .errors import (
     FrozenTimeoutError,
     GoneError,
@@ -20,7 +20,7 @@ from .errors import (
 )
 from .events import Watch, read_events, wait_until
 from .limits import Limits
-from .stats import Stats, StatsPlan, read_stats
+from .stats import Stats, StatsPlan, read_ooms, read_stats
 
 __all__ = ["Cgroup"]
 
@@ -127,33 +127,41 @@ class Cgroup:
 
     def controllers(self) -> frozenset[str]:
         """The controllers that this cgroup has, such as `memory`."""
-        return writing.read_controllers(self.fd)
+        return controllers.read_controllers(self.fd)
 
     def enabled(self) -> frozenset[str]:
         """The controllers that its children have."""
-        return writing.read_controllers(self.fd, "cgroup.subtree_control")
+        return controllers.read_controllers(self.fd, "cgroup.subtree_control")
 
-    def enable(self, controllers: Iterable[str]) -> None:
+    def enable(self, wanted: Iterable[str]) -> None:
         """Let its children have these controllers too.
 
         Raises:
             NotSupportedError: it lacks some of them, all of which are named.
             BusyError: it has processes of its own.
         """
-        writing.enable_controllers(self.fd, controllers)
+        controllers.enable_controllers(self.fd, wanted)
 
     def apply(self, limits: Limits) -> Mapping[str, str]:
         """Set limits, all or none; returns what the kernel answers when each file is read back.
 
+        Lowering `memory_max` kills nothing: what is above it is reclaimed first, for 2 seconds at most, in which the
+        cgroup may be slowed down.
+
         Raises:
-            NotSupportedError: controllers or control files are missing; nothing was written.
-            LimitRefusedError: the kernel refused a value; what was written before has its former value again.
+            NotSupportedError: controllers, control files or disks are missing; nothing was written.
+            LimitRefusedError: the kernel refused a value, or the memory in use cannot be reclaimed; what was written
+                before has its former value again.
         """
         return writing.write_limits(self.fd, limits) if limits else {}
 
     def stats(self, *, pressure: bool = False) -> Stats:
         """Read the counters; those of pressure only if asked for."""
         return read_stats(self.fd, self._plan, pressure=pressure)
+
+    def ooms(self) -> int | None:
+        """`Stats.oom` alone, in one read; None where memory is not controlled."""
+        return read_ooms(self.fd)
 
     # Processes
 

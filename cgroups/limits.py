@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Self
 
 from .errors import FormatError
-from .formats import MAX, parse_bytes, parse_count, parse_cpu, render_cpu_max
+from .formats import MAX, parse_bytes, parse_count, parse_cpu, parse_cpus, render_cpu_max, render_cpus
+from .io_limits import IoMax, check_io_max
 
 __all__ = ["Limits"]
 
@@ -47,6 +48,10 @@ def _weight(value: Any, name: str) -> int:
     return value
 
 
+def _cpus(value: Any, name: str) -> str:
+    return render_cpus(parse_cpus(value, what=name))
+
+
 def _switch(value: Any, name: str) -> bool:
     if type(value) is not bool:
         raise FormatError(f"{name} cannot be {value!r}", remedy="give true or false", value=str(value))
@@ -65,8 +70,16 @@ _CHECKS: Final[dict[str, Callable[[Any, str], Any]]] = {
     "cpu_weight": _weight,
     "cpu_max": _cores,
     "pids_max": _positive(parse_count),
+    "cpuset_cpus": _cpus,
+    "io_max": check_io_max,
+    "io_weight": _weight,
 }
 _FILES: Final = {name: name.replace("_", ".") for name in _CHECKS}
+_RENDER: Final[dict[str, Callable[[Any], str]]] = {
+    "memory_oom_group": lambda value: str(int(value)),
+    "cpu_max": lambda value: render_cpu_max(parse_cpu(value)),
+    "io_weight": lambda value: f"default {value}",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +88,10 @@ class Limits:
 
     Values are normalised: sizes to bytes, `cpu_max` to cores, and `"max"` (no limit) stays as it is. The
     kernel rounds sizes down to whole pages.
+
+    What is in use already is not taken away, except by `memory_high`, above which it is swapped or written out:
+    `Cgroup.apply` does not lower `memory_max` below what cannot be reclaimed, and with `pids_max` below the present
+    number nothing ends, but no fork succeeds until it is below.
 
     Attributes:
         memory_max: bytes beyond which the kernel kills. With a number here and no `memory_swap_max`, swap is
@@ -87,6 +104,12 @@ class Limits:
         cpu_max: cores, such as `0.5` or `"50%"`; at least 0.01.
         cpu_weight: share against siblings when the CPU is contended, 1 to 10000; the kernel's default is 100.
         pids_max: tasks (processes and their threads).
+        cpuset_cpus: the CPUs that it may run on, such as `"0-1,3"`; `""` is what the cgroup above has.
+        io_max: by disk, a path such as `/dev/vda` or numbers such as `8:0`, what may go to and from it each second:
+            an `IoMax`, a mapping of its fields, or text such as `"wbps=10M riops=500"`. A partition stands for its
+            disk. Disks that are not named stay as they are.
+        io_weight: share of disks against siblings when they are contended, 1 to 10000 (with the BFQ scheduler to
+            1000); the kernel's default is 100.
 
     Raises:
         FormatError: a value that can never be right, named together with what is accepted.
@@ -101,6 +124,9 @@ class Limits:
     cpu_max: float | str | None = None
     cpu_weight: int | None = None
     pids_max: int | str | None = None
+    cpuset_cpus: str | None = None
+    io_max: Mapping[str, IoMax | Mapping[str, int | str] | str] | None = None
+    io_weight: int | None = None
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -113,17 +139,22 @@ class Limits:
         """Whether swap is 0 only because `memory_max` is set, and not because it was asked for."""
         return self.memory_swap_max is None and self.memory_max is not None and self.memory_max != MAX
 
-    def render(self) -> list[tuple[str, str]]:
-        """The control files and their texts, in an order that is safe to write to a cgroup in use."""
+    def render(self, *, disk: Callable[[str], str] = str) -> list[tuple[str, str]]:
+        """The control files and their texts, in an order that is safe to write to a cgroup in use.
+
+        Args:
+            disk: what to write for a disk's name as it was given; each disk has a line of its own.
+        """
         lines: list[tuple[str, str]] = []
         for name, file in _FILES.items():
             value = getattr(self, name)
-            if name == "cpu_max" and value is not None:
-                lines.append((file, render_cpu_max(parse_cpu(value))))
-            elif name == "memory_swap_max" and self.swap_implied:
+            if name == "memory_swap_max" and self.swap_implied:
                 lines.append((file, "0"))
+            elif name == "io_max" and value is not None:
+                lines += [(file, f"{disk(device)} {limits.render()}") for device, limits in value.items()]
             elif value is not None:
-                lines.append((file, str(int(value)) if isinstance(value, bool) else str(value)))
+                render = _RENDER.get(name, str)
+                lines.append((file, render(value)))
         return lines
 
     def controllers(self) -> frozenset[str]:
@@ -140,7 +171,10 @@ class Limits:
 
     def to_dict(self) -> dict[str, Any]:
         """What is asked for, as JSON can hold it: without the fields that are None."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if self.io_max is not None:
+            values["io_max"] = {device: IoMax.make(limits).to_dict() for device, limits in self.io_max.items()}
+        return values
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from . import files
+from .errors import FormatError
 from .formats import parse_flat, parse_nested, parse_value
 
-__all__ = ["Pressure", "Stats", "StatsPlan", "read_stats"]
+__all__ = ["Pressure", "Stats", "StatsPlan", "parse_pressure", "read_ooms", "read_stats"]
 
 # Control file -> key within it -> field of `Stats`. The empty key is the file's only value.
 _SOURCES: Final[dict[str, dict[str, str]]] = {
@@ -33,6 +34,8 @@ _SOURCES: Final[dict[str, dict[str, str]]] = {
     "pids.peak": {"": "pids_peak"},
     "pids.events": {"max": "pids_events_max"},
 }
+_IO: Final = "io.stat"
+_IO_FIELDS: Final = {"rbytes": "io_rbytes", "wbytes": "io_wbytes", "rios": "io_rios", "wios": "io_wios"}
 _PRESSURES: Final = {
     "memory.pressure": "memory_pressure",
     "cpu.pressure": "cpu_pressure",
@@ -42,15 +45,36 @@ _PRESSURES: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class Pressure:
-    """How long at least one task waited for a resource: the `some` line of a pressure file (psi.rst).
+    """How long tasks waited for a resource (psi.rst).
 
     Attributes:
-        avg10: percent of the last ten seconds.
-        total_usec: microseconds since the cgroup was made.
+        avg10: percent of the last ten seconds in which at least one task waited (`some`).
+        total_usec: microseconds of that since the cgroup was made.
+        full_avg10, full_total_usec: the same for time in which all tasks that were not idle waited at once; None
+            where the kernel does not tell.
     """
 
     avg10: float
     total_usec: int
+    full_avg10: float | None = None
+    full_total_usec: int | None = None
+
+
+def parse_pressure(text: str) -> Pressure:
+    """Read a pressure file.
+
+    Raises:
+        FormatError: it does not read as documented.
+    """
+    lines = parse_nested(text)
+    try:
+        some, full = lines["some"], lines.get("full")
+        values = {"avg10": float(some["avg10"]), "total_usec": int(some["total"])}
+        if full is not None:
+            values |= {"full_avg10": float(full["avg10"]), "full_total_usec": int(full["total"])}
+        return Pressure(**values)  # type: ignore[arg-type]  # each under its own name
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"the kernel's answer {text!r} is no pressure", value=text) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +101,9 @@ class Stats:
         pids_peak: most tasks that there were; Linux 6.11 and later.
         pids_events_max: forks that failed for want of a pid: on Linux 6.11 and later those that this cgroup's
             or a descendant's limit forbade, before that those tried in this cgroup.
+        io_rbytes, io_wbytes: bytes read from and written to disks; what is still in the page cache, to be written
+            back later, is not yet counted.
+        io_rios, io_wios: the operations that took.
         memory_pressure: waits for memory, if asked for.
         cpu_pressure: waits for a CPU, if asked for.
         io_pressure: waits for input and output, if asked for.
@@ -97,6 +124,10 @@ class Stats:
     pids_current: int | None = None
     pids_peak: int | None = None
     pids_events_max: int | None = None
+    io_rbytes: int | None = None
+    io_wbytes: int | None = None
+    io_rios: int | None = None
+    io_wios: int | None = None
     memory_pressure: Pressure | None = None
     cpu_pressure: Pressure | None = None
     io_pressure: Pressure | None = None
@@ -122,7 +153,7 @@ class StatsPlan:
         key = files.read(dir_fd, "cgroup.controllers")
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = tuple(name for name in _SOURCES if files.exists(dir_fd, name))
+            known = self._known[key] = tuple(name for name in (*_SOURCES, _IO) if files.exists(dir_fd, name))
         return known
 
 
@@ -145,7 +176,20 @@ def read_stats(dir_fd: int, plan: StatsPlan | None = None, *, pressure: bool = F
     return Stats(**values)
 
 
+def read_ooms(dir_fd: int) -> int | None:
+    """How often this cgroup itself had no memory to give below its own limit; None where memory is not counted.
+
+    Raises:
+        GoneError: the cgroup was removed.
+    """
+    text = files.read_optional(dir_fd, "memory.events.local")
+    return None if text is None else parse_flat(text).get("oom")
+
+
 def _take(name: str, text: str, values: dict[str, int]) -> None:
+    if name == _IO:
+        _take_io(text, values)
+        return
     wanted = _SOURCES[name]
     if "" in wanted:
         value = parse_value(text)
@@ -158,11 +202,16 @@ def _take(name: str, text: str, values: dict[str, int]) -> None:
             values[field] = found[key]
 
 
+def _take_io(text: str, values: dict[str, int]) -> None:
+    values |= dict.fromkeys(_IO_FIELDS.values(), 0)  # no line at all: no disk was used
+    for disk in parse_nested(text).values():
+        for key, field in _IO_FIELDS.items():
+            values[field] += int(disk.get(key, 0))
+
+
 def _read_pressures(dir_fd: int) -> Mapping[str, Pressure]:
     result = {}
     for name, field in _PRESSURES.items():
-        text = files.read_optional(dir_fd, name)
-        some = parse_nested(text).get("some") if text else None
-        if some is not None and "avg10" in some and "total" in some:
-            result[field] = Pressure(avg10=float(some["avg10"]), total_usec=int(some["total"]))
+        if text := files.read_optional(dir_fd, name):
+            result[field] = parse_pressure(text)
     return result

@@ -1,25 +1,39 @@
-"""Writing limits and enabling controllers: all or nothing, and an error that says what is missing and why."""
+"""Writing limits: all or nothing, and an error that says what is missing and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import mmap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import files
-from .errors import BusyError, CgroupError, NotSupportedError
-from .formats import parse_proc_cgroup, parse_swaps
+from .controllers import missing_controllers, read_controllers
+from .devices import disk_number, weight_files
+from .errors import CgroupError, FormatError, LimitRefusedError, NotSupportedError
+from .formats import format_bytes, parse_cpus, parse_nested, parse_swaps, parse_value
 from .limits import Limits
 
-__all__ = ["enable_controllers", "read_controllers", "write_limits"]
+__all__ = ["write_limits"]
 
+RECLAIM_TIMEOUT = 2.0
+"""Seconds in which memory above a lowered `memory.max` must have been reclaimed."""
+
+_RECLAIM_PAUSE = 0.02
 _SWAPS = Path("/proc/swaps")
-_OWN_CGROUP = Path("/proc/self/cgroup")
-_SWAP_FILE = "memory.swap.max"
+_SWAP_FILE, _HIGH, _MAX, _CURRENT = "memory.swap.max", "memory.high", "memory.max", "memory.current"
+_CPUS, _IO_MAX, _IO_WEIGHT = "cpuset.cpus", "io.max", "io.weight"
+_NO_IO_LIMIT = "rbps=max wbps=max riops=max wiops=max"
 
 
-def read_controllers(dir_fd: int, name: str = "cgroup.controllers") -> frozenset[str]:
-    """The controllers that a file lists: those available, or enabled below (`subtree_control`)."""
-    return frozenset(files.read(dir_fd, name).split())
+@dataclass(slots=True)
+class _Line:
+    """What is to be written to a control file, and what puts it back."""
+
+    file: str
+    text: str
+    former: str
 
 
 def write_limits(dir_fd: int, limits: Limits) -> dict[str, str]:
@@ -27,26 +41,47 @@ def write_limits(dir_fd: int, limits: Limits) -> dict[str, str]:
 
     All or nothing: when one is refused, those written before it get their former values again.
 
+    `memory.max` is lowered without a kill: a value below what is in use makes the kernel kill at once when it cannot
+    reclaim enough, so `memory.high` goes down first, which reclaims and slows down, and only when what is in use fits
+    does `memory.max` follow. What asks for more after that meets the new limit as it would any other.
+
     Raises:
         NotSupportedError: controllers or files are missing; nothing was written.
-        LimitRefusedError: the kernel refused a value.
+        LimitRefusedError: the kernel refused a value, or memory in use cannot be reclaimed.
         GoneError: the cgroup was removed.
         CgroupError: anything else; what could not be put back is added to it as a note.
     """
-    lines = limits.render()
-    # Read before anything is written: it is needed to go back, and it shows what is missing while nothing is
-    # done.
-    former = {name: _former(dir_fd, name, limits) for name, _ in lines}
-    written: list[str] = []
+    # Read before anything is written: it is needed to go back, and it shows what is missing while nothing is done.
+    lines = list(_plan(dir_fd, limits))
+    lowered = _lower_memory(dir_fd, lines)
+    written: list[_Line] = []
     try:
-        for name, text in lines:
-            if former[name] is not None:
-                written.append(name)
-                files.write(dir_fd, name, text)
-        return {name: files.read(dir_fd, name).strip() for name in written}
+        for line in lines:
+            if lowered and line.file == _MAX:
+                _wait_for_room(dir_fd, line)
+            written.append(line)
+            files.write(dir_fd, line.file, line.text or "\n")  # the kernel sees no write of 0 bytes
+            if line.file == _CPUS and line.text:
+                _check_cpus(dir_fd, line)
+        return {name: files.read(dir_fd, name).strip() for name in dict.fromkeys(line.file for line in lines)}
     except BaseException as error:
-        _put_back(dir_fd, {name: former[name] or "" for name in reversed(written)}, error)
+        _put_back(dir_fd, written, error)
         raise
+
+
+def _plan(dir_fd: int, limits: Limits) -> Iterator[_Line]:
+    lines = limits.render(disk=disk_number)
+    disks = [text.partition(" ")[0] for name, text in lines if name == _IO_MAX]
+    if len(set(disks)) < len(disks):
+        raise FormatError("io_max names one disk twice", remedy="give each disk once; a partition stands for its disk")
+    for name, text in lines:
+        if name == _IO_WEIGHT:
+            if "io" not in read_controllers(dir_fd):
+                raise missing_controllers(dir_fd, limits.controllers() - read_controllers(dir_fd))
+            for file in weight_files(dir_fd):
+                yield _Line(file, text, files.read(dir_fd, file).partition("\n")[0])
+        elif (former := _former(dir_fd, name, limits)) is not None:
+            yield _Line(name, text, _former_of_disk(former, text) if name == _IO_MAX else former)
 
 
 def _former(dir_fd: int, name: str, limits: Limits) -> str | None:
@@ -55,7 +90,7 @@ def _former(dir_fd: int, name: str, limits: Limits) -> str | None:
     if text is not None:
         return text.strip()
     if missing := limits.controllers() - read_controllers(dir_fd):
-        raise _missing(dir_fd, missing)
+        raise missing_controllers(dir_fd, missing)
     path = f"{files.directory_path(dir_fd)}/{name}"
     if name != _SWAP_FILE:
         raise NotSupportedError(
@@ -80,63 +115,72 @@ def _host_has_swap() -> bool:
         return False
 
 
-def _put_back(dir_fd: int, former: dict[str, str], error: BaseException) -> None:
-    for name, text in former.items():
+def _former_of_disk(former: str, line: str) -> str:
+    disk = line.partition(" ")[0]
+    limits = parse_nested(former).get(disk)
+    return f"{disk} " + (" ".join(f"{name}={value}" for name, value in limits.items()) if limits else _NO_IO_LIMIT)
+
+
+def _check_cpus(dir_fd: int, line: _Line) -> None:
+    # CPUs that are not there, or not the parent's, are taken without a word, and then those of the parent count.
+    effective = files.read(dir_fd, "cpuset.cpus.effective").strip()
+    if not parse_cpus(effective) <= parse_cpus(line.text):
+        path = f"{files.directory_path(dir_fd)}/{line.file}"
+        raise LimitRefusedError(
+            f"cannot write {line.text!r} to {path}: the kernel has the CPUs {effective} instead",
+            remedy=f"choose from {effective}",
+            path=path,
+            value=line.text,
+        )
+
+
+# Lowering memory.max
+
+
+def _lower_memory(dir_fd: int, lines: list[_Line]) -> bool:
+    """Where `memory.max` is to go down on a cgroup in use, frame it with the steps that make room first."""
+    place = next((number for number, line in enumerate(lines) if line.file == _MAX), None)
+    if place is None or lines[place].text == "max":
+        return False
+    line = lines[place]
+    former = parse_value(line.former)
+    if former != "max" and former <= int(line.text):
+        return False
+    if files.read(dir_fd, _CURRENT).strip() == "0":  # one just made, as a rule
+        return False
+    high = next((other for other in lines if other.file == _HIGH), None)
+    if high is None:
+        present = files.read(dir_fd, _HIGH).strip()
+        high = _Line(_HIGH, present, present)
+        lines.insert(place, high)
+        place += 1
+    if high.text == "max" or int(high.text) > int(line.text):
+        lines.insert(place + 1, _Line(_HIGH, high.text, high.former))
+        high.text = line.text
+    return True
+
+
+def _wait_for_room(dir_fd: int, line: _Line) -> None:
+    limit = int(line.text) // mmap.PAGESIZE * mmap.PAGESIZE
+    deadline = time.monotonic() + RECLAIM_TIMEOUT
+    while (used := int(files.read(dir_fd, _CURRENT))) > limit:
+        if time.monotonic() >= deadline:
+            path = f"{files.directory_path(dir_fd)}/{line.file}"
+            raise LimitRefusedError(
+                f"cannot lower {path} to {format_bytes(limit)}: {format_bytes(used)} are in use, "
+                "and the kernel cannot reclaim enough",
+                remedy="allow more memory or swap, or end what uses it",
+                path=path,
+                value=line.text,
+            )
+        time.sleep(_RECLAIM_PAUSE)
+        # Each write makes the kernel reclaim once more, as it does not do by itself while nothing is allocated.
+        files.write(dir_fd, _HIGH, files.read(dir_fd, _HIGH).strip())
+
+
+def _put_back(dir_fd: int, written: list[_Line], error: BaseException) -> None:
+    for line in reversed(written):
         try:
-            files.write(dir_fd, name, text)
+            files.write(dir_fd, line.file, line.former or "\n")
         except CgroupError as second:
-            error.add_note(f"{name} could not be set back to {text!r}: {second}")
-
-
-def enable_controllers(dir_fd: int, wanted: Iterable[str]) -> None:
-    """Let the cgroup's children have these controllers; those that they have already stay.
-
-    Raises:
-        NotSupportedError: the cgroup itself lacks some of them, all of which are named.
-        BusyError: the cgroup has processes of its own.
-    """
-    wanted = frozenset(wanted)
-    if missing := wanted - read_controllers(dir_fd):
-        raise _missing(dir_fd, missing)
-    if not (new := wanted - read_controllers(dir_fd, "cgroup.subtree_control")):
-        return
-    try:
-        files.write(dir_fd, "cgroup.subtree_control", " ".join(f"+{name}" for name in sorted(new)))
-    except BusyError as error:
-        error.remedy = "move its own processes to a leaf first: a cgroup with controllers enabled below takes none"
-        raise
-
-
-def _missing(dir_fd: int, missing: frozenset[str]) -> NotSupportedError:
-    path = files.directory_path(dir_fd)
-    names = ", ".join(sorted(missing))
-    return NotSupportedError(
-        f"{path} lacks controllers: {names}", remedy=_remedy(dir_fd, missing, path), path=path, value=names
-    )
-
-
-def _remedy(dir_fd: int, missing: frozenset[str], path: str) -> str:
-    above = files.read_optional(dir_fd, "../cgroup.controllers") or ""
-    remedies = []
-    if near := missing & frozenset(above.split()):
-        text = " ".join(f"+{name}" for name in sorted(near))
-        remedies.append(f"write {text!r} to {path.rpartition('/')[0]}/cgroup.subtree_control")
-    rest = missing - near
-    if held := rest & _held_by_v1():
-        remedies.append(
-            f"{', '.join(sorted(held))}: in use by cgroup v1 on this host; boot with "
-            "systemd.unified_cgroup_hierarchy=1 or cgroup_no_v1=all"
-        )
-    if far := rest - held:
-        remedies.append(
-            f"{', '.join(sorted(far))}: enable in cgroup.subtree_control from the top of the tree downwards, "
-            "under systemd with Delegate=yes; if the top lacks it too, boot a kernel that has it"
-        )
-    return "; ".join(remedies)
-
-
-def _held_by_v1() -> frozenset[str]:
-    try:
-        return parse_proc_cgroup(_OWN_CGROUP.read_text())[1]
-    except OSError:
-        return frozenset()
+            error.add_note(f"{line.file} could not be set back to {line.former!r}: {second}")

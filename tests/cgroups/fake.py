@@ -37,6 +37,15 @@ CONTROLLERS = {
         "cpu.weight": "100\n",
         "cpu.stat": CORE["cpu.stat"] + "nr_periods 0\nnr_throttled 0\nthrottled_usec 0\n",
     },
+    "cpuset": {
+        "cpuset.cpus": "\n",
+        "cpuset.cpus.effective": "0-3\n",
+    },
+    "io": {
+        "io.max": "",
+        "io.stat": "",
+        "io.weight": "default 100\n",
+    },
     "memory": {
         "memory.current": "0\n",
         "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\noom_group_kill 0\n",

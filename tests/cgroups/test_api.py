@@ -13,13 +13,14 @@ from cgroups import CgroupError, FormatError
 
 PUBLIC = """
 MAX BusyError Cgroup CgroupError CpuQuota Events ExistsError FormatError FrozenTimeoutError GoneError
-LimitRefusedError Limits Max Mount NotSupportedError Pressure Stats StatsPlan WaitTimeoutError Watch
+IoMax LimitRefusedError Limits Max Mount NotSupportedError Pressure PressureWatch Stats StatsPlan WaitTimeoutError Watch
 available_controllers delegated find_mount format_bytes own_directory own_path parse_bytes parse_cpu read_events
 read_stats
 """
 LAYERS = [
-    {"errors"}, {"formats"}, {"files"}, {"directories", "limits", "stats", "events"}, {"processes", "writing"},
-    {"group"}, {"tree"},
+    {"errors"}, {"formats"}, {"files", "io_limits"},
+    {"controllers", "devices", "directories", "events", "limits", "stats"},
+    {"pressure", "processes", "writing"}, {"group"}, {"tree"},
 ]  # fmt: skip
 
 

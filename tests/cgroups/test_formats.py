@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from cgroups import FormatError, format_bytes, parse_bytes, parse_cpu
 from cgroups.formats import (
     parse_count,
+    parse_cpus,
     parse_flat,
     parse_nested,
     parse_proc_cgroup,
     parse_swaps,
     parse_value,
     render_cpu_max,
+    render_cpus,
 )
 
 MIB = 2**20
@@ -188,3 +190,22 @@ def test_swaps() -> None:
     assert not parse_swaps(heading)
     assert not parse_swaps("")
     assert parse_swaps(heading + "/dev/zram0   partition\t1024\t0\t100\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [("", ""), ("0", "0"), ("3,1-2", "1-3"), (" 0-1, 3 ", "0-1,3"), ("5,5,4-6,8191", "4-6,8191"), ("0,2,4", "0,2,4")],
+)
+def test_lists_of_cpus_are_brought_to_the_kernels_form(text: str, canonical: str) -> None:
+    assert render_cpus(parse_cpus(text)) == canonical
+
+
+@given(st.frozensets(st.integers(0, 8191)))
+def test_lists_of_cpus_survive(cpus: frozenset[int]) -> None:
+    assert parse_cpus(render_cpus(cpus)) == cpus
+
+
+@pytest.mark.parametrize("value", ["-1", "1-", "2-1", "0,,1", ",", "all", "8192", "99999999", "٣", None, 1, True])
+def test_what_is_no_list_of_cpus_is_refused(value: Any) -> None:
+    with pytest.raises(FormatError):
+        parse_cpus(value)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cgroups import Cgroup, FormatError, GoneError, Pressure, Stats, StatsPlan, files, read_stats
+from cgroups.stats import parse_pressure
 from tests.cgroups.conftest import Start
 from tests.cgroups.fake import make_fake
 
@@ -21,6 +22,8 @@ TEXTS = {
     "pids.current": "13\n",
     "pids.peak": "14\n",
     "pids.events": "max 15\n",
+    "io.stat": "8:0 rbytes=21 wbytes=22 rios=23 wios=24 dbytes=9 dios=9\n"
+    "7:0 \n254:0 rbytes=100 wbytes=200 rios=300 wios=400 dbytes=9 dios=9 cost.usage=9\n",
     "memory.pressure": "some avg10=1.50 avg60=0.00 avg300=0.00 total=16\nfull avg10=9 avg60=9 avg300=9 total=9\n",
     "cpu.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=17\n",
 }
@@ -29,6 +32,7 @@ ALL = Stats(
     memory_events_high=4, memory_events_max=5, oom=6, oom_kill=7,
     cpu_usage_usec=8, cpu_user_usec=9, cpu_system_usec=10, cpu_nr_throttled=11, cpu_throttled_usec=12,
     pids_current=13, pids_peak=14, pids_events_max=15,
+    io_rbytes=121, io_wbytes=222, io_rios=323, io_wios=424,
 )  # fmt: skip
 
 
@@ -47,7 +51,7 @@ def test_pressure_is_read_when_asked_for(fake: Cgroup) -> None:
     (fake.path / "io.pressure").unlink()
     assert fake.stats(pressure=True) == dataclasses.replace(
         ALL,
-        memory_pressure=Pressure(avg10=1.5, total_usec=16),
+        memory_pressure=Pressure(avg10=1.5, total_usec=16, full_avg10=9.0, full_total_usec=9),
         cpu_pressure=Pressure(avg10=0.0, total_usec=17),
         io_pressure=None,
     )
@@ -112,6 +116,25 @@ def test_a_real_cgroup_counts_cpu_time(group: Cgroup, start: Start) -> None:
     assert (stats.pids_current is None) == ("pids" not in offered)
     has_pressure = os.path.exists(group.path / "cpu.pressure")
     assert (stats.cpu_pressure is not None) == has_pressure
+
+
+def test_ooms_are_read_alone(fake: Cgroup, tmp_path: Path) -> None:
+    fill(fake)
+    assert fake.ooms() == 6
+    with make_fake(tmp_path / "bare.slice", []) as group:
+        assert group.ooms() is None
+
+
+def test_no_disk_used_is_zero_and_no_io_controller_is_none(fake: Cgroup) -> None:
+    assert fake.stats().io_rbytes == 0
+    (fake.path / "io.stat").unlink()
+    assert read_stats(fake.fd).io_rbytes is None
+
+
+@pytest.mark.parametrize("text", ["", "full avg10=0 total=0\n", "some avg10=x total=1\n", "some total=1\n", "some\n"])
+def test_what_is_no_pressure_is_an_error(text: str) -> None:
+    with pytest.raises(FormatError):
+        parse_pressure(text)
 
 
 @pytest.mark.host

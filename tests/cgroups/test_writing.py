@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from cgroups import Cgroup, LimitRefusedError, Limits, NotSupportedError, files, writing
+from cgroups import (
+    Cgroup,
+    FormatError,
+    LimitRefusedError,
+    Limits,
+    NotSupportedError,
+    controllers,
+    devices,
+    files,
+    writing,
+)
 from tests.cgroups.fake import make_fake
 
 HEADING = "Filename\tType\tSize\tUsed\tPriority\n"
@@ -92,7 +102,7 @@ def test_what_the_parent_has_and_did_not_enable_is_in_the_remedy(tmp_path: Path)
 
 def test_a_controller_that_v1_holds_is_in_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "proc").write_text("4:memory:/\n0::/\n")
-    monkeypatch.setattr(writing, "_OWN_CGROUP", tmp_path / "proc")
+    monkeypatch.setattr(controllers, "_OWN_CGROUP", tmp_path / "proc")
     with make_fake(tmp_path / "poor.slice", []) as group, pytest.raises(NotSupportedError) as caught:
         group.apply(Limits(memory_max="1M", pids_max=1))
     assert caught.value.remedy is not None
@@ -141,6 +151,157 @@ def test_swap_that_cannot_be_limited_is_an_error(
     assert contents(fake) == before
 
 
+# Lowering memory.max: what the kernel would do is played by hooks on the gate to its files.
+
+
+class Kernel:
+    """Notes what is written, and changes `memory.current` after so many writes of `memory.high`."""
+
+    def __init__(self, group: Cgroup, monkeypatch: pytest.MonkeyPatch, *, used: int, after: int, then: int) -> None:
+        self.written: list[str] = []
+        self._group, self._left, self._then = group, after, then
+        self._real = files.write
+        (group.path / "memory.current").write_text(f"{used}\n")
+        monkeypatch.setattr(files, "write", self._write)
+        monkeypatch.setattr(writing, "RECLAIM_TIMEOUT", 0.1)
+
+    def _write(self, dir_fd: int, name: str, text: str) -> None:
+        self.written.append(f"{name} {text}")
+        self._real(dir_fd, name, text)
+        if name == "memory.high":
+            self._left -= 1
+            if self._left == 0:
+                (self._group.path / "memory.current").write_text(f"{self._then}\n")
+
+
+def test_memory_goes_down_in_steps_that_kill_nothing(fake: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(fake, monkeypatch, used=9 * 4096, after=2, then=5 * 4096)
+    assert fake.apply(Limits(memory_max=5 * 4096)) == {
+        "memory.swap.max": "0", "memory.high": "max", "memory.max": "20480",
+    }  # fmt: skip
+    assert kernel.written == [
+        "memory.swap.max 0", "memory.high 20480", "memory.high 20480", "memory.max 20480", "memory.high max",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("high", "writes"), [(3 * 4096, ["12288"]), (7 * 4096, ["20480", "28672"])])
+def test_a_wanted_high_is_held_in_the_end(
+    fake: Cgroup, monkeypatch: pytest.MonkeyPatch, high: int, writes: list[str]
+) -> None:
+    kernel = Kernel(fake, monkeypatch, used=9 * 4096, after=1, then=3 * 4096)
+    held = fake.apply(Limits(memory_max=5 * 4096, memory_high=high))
+    assert (held["memory.high"], held["memory.max"]) == (str(high), "20480")
+    assert [line.split()[1] for line in kernel.written if line.startswith("memory.high")] == writes
+
+
+def test_memory_that_cannot_be_reclaimed_refuses_the_lower_limit(fake: Cgroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(fake, monkeypatch, used=9 * 4096, after=0, then=0)
+    before = contents(fake)
+    with pytest.raises(LimitRefusedError, match=r"memory\.max to 20 KiB: 36 KiB are in use") as caught:
+        fake.apply(Limits(memory_max=5 * 4096, memory_high=7 * 4096, cpu_weight=5))
+    assert caught.value.remedy
+    assert contents(fake) == before
+    assert not any(line.startswith("memory.max") for line in kernel.written)
+
+
+@pytest.mark.parametrize(("used", "former", "new"), [(0, "max", 4096), (4096, "8192", 8192), (4096, "4096", 8192)])
+def test_a_new_cgroup_and_a_higher_limit_take_no_extra_steps(
+    fake: Cgroup, monkeypatch: pytest.MonkeyPatch, used: int, former: str, new: int
+) -> None:
+    (fake.path / "memory.max").write_text(f"{former}\n")
+    kernel = Kernel(fake, monkeypatch, used=used, after=0, then=0)
+    fake.apply(Limits(memory_max=new))
+    assert kernel.written == ["memory.swap.max 0", f"memory.max {new}"]
+
+
+# Disks and CPUs
+
+
+@pytest.fixture
+def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A disk 8:0 with a partition 8:1, as sysfs shows them; its scheduler can be chosen."""
+    disk = tmp_path / "sys/devices/sda"
+    (disk / "sda1").mkdir(parents=True)
+    (disk / "dev").write_text("8:0\n")
+    (disk / "sda1/dev").write_text("8:1\n")
+    (disk / "sda1/partition").write_text("1\n")
+    (disk / "queue").mkdir()
+    (disk / "queue/scheduler").write_text("[none] bfq\n")
+    numbers = tmp_path / "sys/dev"
+    numbers.mkdir()
+    (numbers / "8:0").symlink_to(disk)
+    (numbers / "8:1").symlink_to(disk / "sda1")
+    monkeypatch.setattr(devices, "_SYS_BLOCK", numbers)
+    monkeypatch.setattr(devices, "_SCHEDULERS", disk.parent)
+    return disk
+
+
+@pytest.mark.usefixtures("disks")
+def test_a_partition_stands_for_its_disk(fake: Cgroup) -> None:
+    assert fake.apply(Limits(io_max={"8:1": "wbps=1M"})) == {"io.max": "8:0 wbps=1048576"}
+    with pytest.raises(FormatError, match="io_max names one disk twice"):
+        fake.apply(Limits(io_max={"8:1": "wbps=1M", "8:0": "wbps=2M"}))
+
+
+@pytest.mark.usefixtures("disks")
+@pytest.mark.parametrize(
+    ("device", "reason"), [("9:9", "no such disk"), ("/dev/null", "not a block device"), ("/nowhere", "No such file")]
+)
+def test_what_is_no_disk_is_refused_and_nothing_is_written(fake: Cgroup, device: str, reason: str) -> None:
+    before = contents(fake)
+    with pytest.raises(NotSupportedError, match=f"cannot limit the disk {device}: .*{reason}"):
+        fake.apply(Limits(memory_max="1M", io_max={device: "wbps=1M"}))
+    assert contents(fake) == before
+
+
+@pytest.mark.usefixtures("disks")
+@pytest.mark.parametrize(
+    ("former", "restored"),
+    [
+        ("", "8:0 rbps=max wbps=max riops=max wiops=max"),
+        ("8:16 rbps=1 wbps=max riops=max wiops=max\n8:0 rbps=max wbps=7 riops=max wiops=max\n",
+         "8:0 rbps=max wbps=7 riops=max wiops=max"),
+    ],
+)  # fmt: skip
+def test_a_disk_gets_back_what_it_had(fake: Cgroup, former: str, restored: str) -> None:
+    (fake.path / "io.max").write_text(former)
+    (fake.path / "cpuset.cpus.effective").write_text("0\n")
+    with pytest.raises(NotSupportedError):
+        fake.apply(Limits(io_max={"8:0": "wbps=1M"}, io_weight=5))
+    assert (fake.path / "io.max").read_text() == former
+    refuse_weight(fake)
+    with pytest.raises(LimitRefusedError):
+        fake.apply(Limits(io_max={"8:0": "wbps=1M"}, io_weight=5))
+    assert contents_of(fake, "io.max") == restored
+
+
+def refuse_weight(group: Cgroup) -> None:
+    (devices._SCHEDULERS / "sda/queue/scheduler").write_text("none [bfq]\n")
+    (group.path / "io.bfq.weight").symlink_to("/proc/self/oom_score_adj")
+
+
+def test_a_weight_goes_where_it_has_an_effect(tmp_path: Path, disks: Path) -> None:
+    (tmp_path / "io.cost.qos").write_text("8:0 enable=0 ctrl=auto\n")
+    with make_fake(tmp_path / "top") as group:
+        with pytest.raises(NotSupportedError, match="no disk here is known to heed a weight") as caught:
+            group.apply(Limits(io_weight=50))
+        assert "bfq" in str(caught.value.remedy)
+        (tmp_path / "io.cost.qos").write_text("8:0 enable=1 ctrl=auto\n")
+        assert group.apply(Limits(io_weight=50)) == {"io.weight": "default 50"}
+        (group.path / "io.bfq.weight").write_text("default 100\n")
+        (disks / "queue/scheduler").write_text("none [bfq]\n")
+        assert group.apply(Limits(io_weight=60)) == {"io.weight": "default 60", "io.bfq.weight": "default 60"}
+
+
+def test_cpus_that_are_not_to_be_had_are_refused(fake: Cgroup) -> None:
+    (fake.path / "cpuset.cpus.effective").write_text("0-1\n")
+    assert fake.apply(Limits(cpuset_cpus="0-1,3")) == {"cpuset.cpus": "0-1,3"}
+    assert fake.apply(Limits(cpuset_cpus="")) == {"cpuset.cpus": ""}
+    with pytest.raises(LimitRefusedError, match="the kernel has the CPUs 0-1 instead"):
+        fake.apply(Limits(cpuset_cpus="1,7"))
+    assert contents_of(fake, "cpuset.cpus") == ""
+
+
 def test_enabling_writes_only_what_is_new(fake: Cgroup) -> None:
     fake.enable(["pids", "memory"])
     assert contents_of(fake, "cgroup.subtree_control") == "+memory +pids"
@@ -154,6 +315,6 @@ def test_enabling_writes_only_what_is_new(fake: Cgroup) -> None:
 
 
 def test_enabling_what_is_missing_names_all_of_it(fake: Cgroup) -> None:
-    with pytest.raises(NotSupportedError, match="lacks controllers: io, rdma"):
-        fake.enable(["rdma", "cpu", "io"])
+    with pytest.raises(NotSupportedError, match="lacks controllers: hugetlb, rdma"):
+        fake.enable(["rdma", "cpu", "hugetlb"])
     assert contents_of(fake, "cgroup.subtree_control") == ""
