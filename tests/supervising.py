@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -71,7 +71,7 @@ def python(source: str) -> list[str]:
     return ["/usr/bin/python3", "-S", "-E", "-c", source]
 
 
-async def soon(work: Coroutine[Any, Any, T], seconds: float = PATIENCE) -> T:
+async def soon(work: Awaitable[T], seconds: float = PATIENCE) -> T:
     """Await `work`, and fail rather than hang."""
     return await asyncio.wait_for(work, seconds)
 
@@ -123,23 +123,20 @@ def leftovers(settings: Settings) -> list[str]:
 
 
 def processes_of(uid: int) -> dict[int, str]:
-    """The pids of a uid on the whole host, each with its cgroup."""
+    """The pids of all that a uid runs on the whole host, each with its cgroup.
+
+    What has ended and waits to be reaped, by init as a rule, runs no more.
+    """
     found = {}
     for name in os.listdir("/proc"):
         if not name.isdecimal():
             continue
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if os.stat(f"/proc/{name}").st_uid == uid or f"\t{uid}\t" in _uids(name):
-                found[int(name)] = next(
-                    line for line in Path(f"/proc/{name}/cgroup").read_text().splitlines() if line.startswith("0::")
-                )[3:]
+            fields = dict(line.split(":", 1) for line in Path(f"/proc/{name}/status").read_text().splitlines())
+            if str(uid) in fields["Uid"].split() and fields["State"].split()[0] not in "ZX":
+                cgroups = Path(f"/proc/{name}/cgroup").read_text().splitlines()
+                found[int(name)] = next(line for line in cgroups if line.startswith("0::"))[3:]
     return found
-
-
-def _uids(pid: str) -> str:
-    # A process that is not dumpable has a directory that is root's.
-    text = Path(f"/proc/{pid}/status").read_text()
-    return next(line for line in text.splitlines() if line.startswith("Uid:"))
 
 
 @dataclass
