@@ -1,0 +1,53 @@
+"""All commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import doctor, logs, purge, run
+
+__all__ = ["make_app"]
+
+_COMMANDS = (run, logs, doctor, purge)
+"""Each adds itself with `register(app)`; the help lists them in this order."""
+
+
+def make_app() -> typer.Typer:
+    """Return the application."""
+    app = typer.Typer(
+        name="pactown-runner",
+        help="Run other people's code on this machine: each tenant with an account of its own, each program in a "
+        "cgroup of its own, born without a single privilege.",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        # A traceback with the values of all variables would show secrets from a tenant's environment.
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for module in _COMMANDS:
+        module.register(app)
+    return app
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - 20 ms
+
+        try:
+            number = version("pactown-runner")
+        except PackageNotFoundError:
+            number = "(not installed, run from its sources)"
+        typer.echo(f"pactown-runner {number}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,102 @@
+"""How commands end and what they say then: errors with their remedy, for people or as JSON, and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from cgroups import CgroupError
+
+from ..errors import ConfigError, RunnerError
+from .visible import visible
+
+__all__ = ["Ended", "errors_told", "say", "write_json"]
+
+
+class Ended(BaseException):
+    """The command has ended, with this exit code. No error, and so none of `Exception`.
+
+    Attributes:
+        status: the exit code.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+@contextlib.contextmanager
+def errors_told(status: int, *, as_json: bool) -> Iterator[None]:
+    """Turn errors within into messages and the exit code `status`, for a command's whole body.
+
+    Args:
+        status: the exit code of a failure.
+        as_json: write them to standard output as `{"error": {"code", "message", "remedy"}}`.
+    """
+    logging.basicConfig(format="pactown-runner: %(message)s", level=logging.WARNING)
+    try:
+        yield
+    except (RunnerError, CgroupError) as error:
+        code = error.code if isinstance(error, RunnerError) else "cgroup"
+        _tell(code, error.message, error.remedy, as_json=as_json)
+    except OSError as error:
+        _tell("os", _describe(error), _remedy(error), as_json=as_json)
+    except Exception as error:
+        # A bug: whoever reports it needs the traceback, and whoever called us an exit code that means something.
+        traceback.print_exc()
+        _tell("internal", f"internal error: {error!r}", None, as_json=as_json)
+    else:
+        return
+    raise Ended(status)
+
+
+def say(line: str) -> None:
+    """Write one line for people to standard error; a reader that went away is no reason to fail."""
+    with contextlib.suppress(OSError):
+        os.write(2, visible(line.encode("utf-8", "backslashreplace") + b"\n"))
+
+
+def write_json(document: Any) -> None:
+    """Write one JSON document to standard output.
+
+    Raises:
+        Ended: the reader has gone away.
+    """
+    text = json.dumps(document, indent=2 if sys.stdout.isatty() else None, default=str) + "\n"
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        # Or the interpreter would complain when it flushes what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Ended(141) from None
+
+
+def _tell(code: str, message: str, remedy: str | None, *, as_json: bool) -> None:
+    if as_json:
+        write_json({"error": {"code": code, "message": message, "remedy": remedy}})
+        return
+    say(f"error: {message}")
+    if remedy:
+        say(f"try: {remedy}")
+
+
+def _describe(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _remedy(error: OSError) -> str | None:
+    return "run as root" if isinstance(error, PermissionError) and os.geteuid() != 0 else None
+
+
+def bad_setting(message: str, remedy: str | None = None) -> ConfigError:
+    """An option's value that cannot be."""
+    return ConfigError(message, remedy=remedy)

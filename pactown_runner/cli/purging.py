@@ -1,0 +1,321 @@
+"""Removing all that the runner ever made on this host for one state.
+
+The order is that of a user's removal: what runs is killed, nothing new can start (`deleting`), the tenant's own files
+go by the tenant's own hand, then the account. The registry goes last, and only if every account is gone: until then it
+alone knows what is ours, and the same call can be repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import re
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from cgroups import Cgroup, CgroupError, Limits, find_mount
+
+from ..accounts import PREFIX
+from ..config import Settings
+from ..errors import AccountError, RunnerError, StateError
+from ..launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_popen
+from ..models import IsolatedUser
+from ..owners import Owner
+from ..registry import Registry, UserRow
+from ..trees import Tree, open_tree
+from ..users import Users
+
+__all__ = ["Plan", "Purge"]
+
+KILL_SECONDS = 30.0
+"""For what was killed to be gone. Only a process that waits for a dead disk takes longer than milliseconds."""
+
+EMPTY_SECONDS = 3600.0
+"""For a home to be emptied; a big one takes minutes."""
+
+_MARK = "pactown.state"  # what `trees` writes onto each slice and scope
+_OWNER_ID = re.compile(r"[0-9a-f]{16}")
+_Matches = Callable[[str], bool]
+
+_EMPTY = """\
+find . -xdev -type d ! -perm -700 -exec chmod u+rwx {} ';'
+find . -xdev -mindepth 1 -delete
+status=$?
+for place in /tmp /var/tmp /dev/shm /dev/mqueue; do
+    find "$place" -xdev -depth -mindepth 1 -user "$1" -delete
+done
+ipcrm --all
+exit $status"""
+"""Run as the tenant: its home, then what it left in public places. It can remove no more than the tenant may."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be removed.
+
+    Attributes:
+        running: sandboxes, as `<slice>/<scope>`.
+        users: rows of the registry whose account may exist.
+        directories: with logs, FIFOs and the registry.
+        owners: live processes that use the state.
+        strangers: logins that look like ours, and are not in the registry. They are left alone.
+    """
+
+    running: list[str]
+    users: list[UserRow]
+    directories: list[Path]
+    owners: list[str]
+    strangers: list[str]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.running or self.users or self.directories)
+
+
+@dataclass
+class Purge:
+    """All of one state. To be used within `with`: it is an owner itself, so that two do not work at once.
+
+    Attributes:
+        removed: what is gone.
+        failed: what is not, and why.
+    """
+
+    settings: Settings
+    removed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    _held: ExitStack = field(default_factory=ExitStack)
+    _registry: Registry | None = None
+    _owner: Owner | None = None
+
+    def __enter__(self) -> Self:
+        path = self.settings.state_dir / "registry.db"
+        if path.exists():  # looking must not make one
+            self._registry = self._held.enter_context(Registry(path))
+            self._owner = self._held.enter_context(Owner(self.settings.state_dir))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._held.close()
+
+    def plan(self) -> Plan:
+        """Look at what there is; nothing is changed."""
+        places = (self.settings.log_dir, self.settings.run_dir, self.settings.state_dir)
+        users = self._registry.users("creating", "ready", "deleting") if self._registry else []
+        known = {row.username for row in users}
+        base = str(self.settings.users_base)
+        running = []
+        for slice_ in self._slices():
+            with slice_:
+                running += [f"{slice_.name}/{name}" for name in slice_.child_names()]
+        return Plan(
+            running=running,
+            users=users,
+            directories=[path for path in places if path.is_dir() and not path.is_symlink()],
+            owners=self._others(),
+            strangers=[
+                login.pw_name
+                for login in pwd.getpwall()
+                if login.pw_name.startswith(PREFIX)
+                and os.path.dirname(login.pw_dir) == base
+                and login.pw_name not in known
+            ],
+        )
+
+    def carry_out(self, plan: Plan) -> None:
+        """Remove it all; what cannot be removed is in `failed` afterwards."""
+        self._end_sandboxes()
+        self._remove_users(plan.users)
+        self._remove_cgroups()
+        for login in plan.strangers:
+            self.failed[f"login {login}"] = f"the registry does not know it; if it is yours: userdel {login}"
+        if self.failed:
+            self.failed[str(self.settings.state_dir)] = "kept, to try again once the rest can be removed"
+            return
+        self._remove_directories()
+
+    @contextlib.contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (RunnerError, CgroupError) as error:
+            self.failed[what] = str(error)
+        except OSError as error:
+            self.failed[what] = error.strerror or str(error)
+        else:
+            self.removed.append(what)
+
+    def _others(self) -> list[str]:
+        if self._owner is None:
+            return []
+        names = [name for name in os.listdir(self._owner.directory) if _OWNER_ID.fullmatch(name)]
+        return [name for name in names if name != self._owner.owner_id and self._owner.alive(name)]
+
+    # Cgroups ----------------------------------------------------------------------------------------------------
+
+    def _slices(self) -> Iterator[Cgroup]:
+        """The slices that bear our mark, wherever in the tree they are; the caller's to close."""
+        if self._registry is None:
+            return
+        mark = self._registry.state_id.encode()
+        for path in _named(lambda name: name.startswith("pactown-") and name.endswith(".slice")):
+            with contextlib.suppress(CgroupError):
+                group = Cgroup.open(path)
+                if group.marks(_MARK) == mark:
+                    yield group
+                else:
+                    group.close()
+
+    def _end_sandboxes(self) -> None:
+        for slice_ in self._slices():
+            with slice_:
+                for scope in slice_.children():
+                    with scope, self._doing(f"sandbox {slice_.name}/{scope.name}"):
+                        _end(scope)
+        if self._registry is not None and not self.failed:
+            for row in self._registry.rows():
+                self._registry.release(row.key, row.service_id, row.run_id)
+
+    def _remove_cgroups(self) -> None:
+        for slice_ in self._slices():
+            with slice_, self._doing(f"cgroup {slice_.path}"):
+                _end(slice_)
+        top = self.settings.cgroup_slice
+        unit = f"{top.removesuffix('.slice')}-sandboxes.service"
+        for path in _named(top.__eq__):
+            if (path / unit).is_dir():
+                _stop_unit(path / unit, unit)
+            # Other states may use the same top.
+            with contextlib.suppress(CgroupError), Cgroup.open(path) as group:
+                group.remove()
+                self.removed.append(f"cgroup {path}")
+
+    # Users ------------------------------------------------------------------------------------------------------
+
+    def _remove_users(self, rows: list[UserRow]) -> None:
+        if self._registry is None or not rows:
+            return
+        users = Users(self.settings, self._registry)
+        with ExitStack() as held:
+            tree = self._tree(held)
+            for row in rows:
+                with self._doing(f"user {row.saas_id} ({row.username}, {row.home})"):
+                    if row.virtual == users.root_mode:
+                        raise AccountError(f"it was made {'without root' if row.virtual else 'by root'}")
+                    user = users.begin_removal(row.saas_id)
+                    self._remove_home(tree, user)
+                    users.remove_account(user)
+
+    def _tree(self, held: ExitStack) -> Tree | None:
+        assert self._registry is not None
+        try:
+            tree = open_tree(
+                cgroup_slice=self.settings.cgroup_slice, state_id=self._registry.state_id, tenant_limits=Limits()
+            )
+        except RunnerError:
+            if self.settings.root_mode:
+                raise
+            return None  # our own files need no cgroup
+        held.callback(tree.close)
+        return tree
+
+    def _remove_home(self, tree: Tree | None, user: IsolatedUser) -> None:
+        """Empty a home as the tenant; root touches the empty top directory only."""
+        base = os.open(user.home_dir.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            try:
+                found = os.stat(user.home_dir.name, dir_fd=base, follow_symlinks=False)
+            except FileNotFoundError:
+                return
+            # One that never became the tenant's is empty, or not ours: rmdir knows.
+            if found.st_uid == user.linux_uid and stat.S_ISDIR(found.st_mode):
+                self._empty_home(tree, user)
+            os.rmdir(user.home_dir.name, dir_fd=base)
+        finally:
+            os.close(base)
+
+    def _empty_home(self, tree: Tree | None, user: IsolatedUser) -> None:
+        spec = LaunchSpec(
+            argv=["/bin/sh", "-c", _EMPTY, "purge", str(user.linux_uid)],
+            mode="root" if self.settings.root_mode else "user",
+            uid=user.linux_uid,
+            gid=user.linux_gid,
+            env={"PATH": DEFAULT_PATH, "LC_ALL": "C"},
+            directories=[Directory(user.home_dir)],
+        )
+        with ExitStack() as held:
+            scope = None
+            if tree is not None:
+                scope = held.enter_context(tree.scope(user.key, "_job-purge", "purge"))
+                held.callback(_end, scope)
+            program, _ = launch_popen(
+                spec, scope.fd if scope else None, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            with program:
+                try:
+                    program.wait(EMPTY_SECONDS)
+                except subprocess.TimeoutExpired:
+                    program.kill()
+                    raise StateError(f"emptying {user.home_dir} took longer than {EMPTY_SECONDS:g} s") from None
+
+    # Files ------------------------------------------------------------------------------------------------------
+
+    def _remove_directories(self) -> None:
+        """Remove logs, FIFOs and registry: directories that nobody but us could enter, and of them what is ours."""
+        settings = self.settings
+        self._held.close()  # the registry and our owner's lock
+        self._remove_known(settings.log_dir, lambda name: name.startswith(PREFIX))
+        self._remove_known(settings.run_dir, lambda name: name == "fifo")
+        self._remove_known(settings.state_dir, lambda name: name == "owners" or name.startswith("registry.db"))
+        # Homes of others, or whatever the operator put there, may be in it.
+        with contextlib.suppress(OSError):
+            settings.users_base.rmdir()
+            self.removed.append(str(settings.users_base))
+
+    def _remove_known(self, directory: Path, ours: _Matches) -> None:
+        if not directory.is_dir() or directory.is_symlink():
+            return
+        with self._doing(str(directory)):
+            for name in filter(ours, os.listdir(directory)):
+                path = directory / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            rest = sorted(os.listdir(directory))
+            if rest:
+                raise StateError(f"it holds what is not ours: {', '.join(rest)}", remedy="look, and remove it yourself")
+            directory.rmdir()
+
+
+def _end(group: Cgroup) -> None:
+    if group.populated():
+        group.kill()
+        group.wait_empty(KILL_SECONDS)
+    group.remove(recursive=True)
+
+
+def _named(matches: _Matches) -> Iterator[Path]:
+    try:
+        mount = find_mount()
+    except CgroupError:
+        return
+    for directory, names, _ in os.walk(mount.path):
+        # What is below a match is looked at, too: the top of the tree and a tenant's slice can have like names.
+        for name in filter(matches, names):
+            yield Path(directory, name)
+
+
+def _stop_unit(path: Path, unit: str) -> None:
+    """Stop the unit that held the tree, if its keeper is all that is left in it."""
+    with contextlib.suppress(CgroupError), Cgroup.open(path) as group:
+        if all(name == "_keeper.scope" for name in group.child_names()):
+            subprocess.run(["systemctl", "stop", unit], check=False, capture_output=True)  # noqa: S607

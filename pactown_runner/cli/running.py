@@ -1,0 +1,196 @@
+"""What `run` does while the program runs: its output out, our input in, signals, and what its end means.
+
+Four things can end it from here: a signal to us, a reader of our output that went away, an output that cannot be
+written, and the timeout, which the sandbox itself sees to. In each case we leave only when nothing of it runs any
+more; a second signal is what makes that quick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError as LoopEndedError
+from typing import Any, NamedTuple
+
+from ..config import Settings
+from ..errors import RunnerError, StateError
+from ..models import Outcome, SandboxSpec
+from ..sandbox import Sandbox
+from ..supervisor import Supervisor
+from .messages import say
+from .output import Output, relay
+
+__all__ = ["RunEnd", "exit_code", "run_to_end"]
+
+LAST_WORDS_SECONDS = 1.0
+"""For a reader to take what the program wrote before we were interrupted. One that does not read never will."""
+
+READ_BYTES = 1 << 16
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_NO_READER = 128 + signal.SIGPIPE
+
+
+class RunEnd(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        status: the exit code for our caller.
+        document: for `--json`; None if there was no program.
+    """
+
+    status: int
+    document: dict[str, Any] | None = None
+
+
+def run_to_end(settings: Settings, spec: SandboxSpec, *, raw: bool, as_json: bool) -> RunEnd:
+    """Run a program, and return when nothing of it runs any more.
+
+    Args:
+        raw: see `Output`.
+        as_json: send all output to standard error.
+
+    Raises:
+        RunnerError: it was not started, or its output could not be read.
+        OSError: its output could not be written.
+    """
+    output = Output({"stdout": 2 if as_json else 1, "stderr": 2}, raw=raw)
+    return asyncio.run(_Run(settings, spec, output).to_end())
+
+
+def exit_code(outcome: Outcome, interrupted_by: int | None = None) -> int:
+    """The exit code that tells our caller how the program ended."""
+    match outcome.reason:
+        case "exited" if outcome.exit_code is not None:
+            return outcome.exit_code
+        case "signaled" if outcome.signal is not None:
+            return 128 + outcome.signal
+        case "oom-killed":
+            return 128 + signal.SIGKILL
+        case "timed-out":
+            return 124
+        case "stopped" if interrupted_by is not None:
+            return 128 + interrupted_by
+    return 125
+
+
+class _Run:
+    def __init__(self, settings: Settings, spec: SandboxSpec, output: Output) -> None:
+        self._spec = spec
+        self._output = output
+        self._supervisor = Supervisor(settings=settings, role="one-shot")
+        self._signal: int | None = None
+        self._signalled = asyncio.Event()
+        self._stopping: set[asyncio.Task[None]] = set()
+
+    async def to_end(self) -> RunEnd:
+        with self._listening():
+            async with self._supervisor:
+                if self._signal is not None:
+                    return RunEnd(128 + self._signal)
+                sandbox = await self._supervisor.start_run(self._spec)
+                if self._spec.stdin:
+                    _feed(sandbox, asyncio.get_running_loop())
+                outcome = await self._follow(sandbox)
+                # Within the supervisor's life: it would not wait for a stop that is under way.
+                if self._stopping:
+                    await asyncio.wait(self._stopping)
+        return self._ended(sandbox, outcome)
+
+    def _ended(self, sandbox: Sandbox, outcome: Outcome | None) -> RunEnd:
+        if outcome is None:
+            return RunEnd(_NO_READER)
+        if outcome.reason not in ("exited", "signaled", "stopped"):
+            say(f"pactown-runner: {outcome.message}")
+        document = {
+            "service": sandbox.service_id,
+            "outcome": outcome.to_dict(),
+            "isolation": sandbox.isolation.to_dict(),
+        }
+        return RunEnd(exit_code(outcome, self._signal), document)
+
+    async def _follow(self, sandbox: Sandbox) -> Outcome | None:
+        """Pass the output on until the end; None if nobody read it any more."""
+        relaying = asyncio.create_task(relay(sandbox.logs(follow=True), self._output))
+        ending = asyncio.create_task(sandbox.wait())
+        interrupted = asyncio.create_task(self._signalled.wait())
+        try:
+            await asyncio.wait({relaying, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if relaying.done() and relaying.exception() is not None:
+                await sandbox.stop()
+                with contextlib.suppress(BrokenPipeError):
+                    relaying.result()
+                return None
+            outcome = await ending
+            await asyncio.wait({relaying, interrupted}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({relaying}, timeout=LAST_WORDS_SECONDS if interrupted.done() else None)
+            if relaying.done():
+                with contextlib.suppress(BrokenPipeError):
+                    relaying.result()
+                    return outcome
+                return None
+            return outcome
+        finally:
+            for task in (relaying, interrupted):
+                task.cancel()
+            await asyncio.wait({relaying, interrupted})
+
+    # Signals ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._interrupt, number)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _interrupt(self, number: int) -> None:
+        """The first signal asks the sandbox to end, the second one kills it."""
+        again = self._signal is not None
+        self._signal = self._signal or number
+        self._signalled.set()
+        if not again and os.isatty(2):
+            say("stopping; once more to kill at once")
+        for sandbox in self._supervisor.list():
+            task = asyncio.create_task(_end(sandbox, at_once=again))
+            self._stopping.add(task)
+            task.add_done_callback(self._stopping.discard)
+
+
+async def _end(sandbox: Sandbox, *, at_once: bool) -> None:
+    # Why it failed is told to whoever waits for the sandbox.
+    with contextlib.suppress(RunnerError):
+        await (sandbox.kill() if at_once else sandbox.stop())
+
+
+def _feed(sandbox: Sandbox, loop: asyncio.AbstractEventLoop) -> None:
+    """Pass our standard input on in a thread: regular files and terminals cannot all be waited for in the loop."""
+    threading.Thread(target=_feed_all, args=(sandbox, loop), name="pactown-input", daemon=True).start()
+
+
+def _feed_all(sandbox: Sandbox, loop: asyncio.AbstractEventLoop) -> None:
+    # The program has ended, or wants no more: then there is nothing left to do here, nor anything to tell.
+    with contextlib.suppress(StateError, LoopEndedError, RuntimeError):
+        while data := _read():
+            sending = sandbox.send(data)
+            try:
+                asyncio.run_coroutine_threadsafe(sending, loop).result()
+            except RuntimeError:
+                sending.close()
+                raise
+        loop.call_soon_threadsafe(sandbox.close_stdin)
+
+
+def _read() -> bytes:
+    try:
+        return os.read(0, READ_BYTES)
+    except OSError:
+        return b""
