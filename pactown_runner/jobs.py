@@ -29,7 +29,7 @@ from .host import Host
 from .launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_popen
 from .models import IsolatedUser
 from .registry import SandboxRow
-from .trees import apply_limits, slice_name
+from .trees import slice_name
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -273,7 +273,7 @@ def job(
     """
     stop = Stop() if stop is None else stop
     with _scope(host, user) as scope, stop.bound(scope, timeout), contextlib.ExitStack() as held:
-        apply_limits(scope, host.settings.default_limits)
+        host.tree.limit(user.key, scope, host.settings.default_limits)
         pipes = _Pipes(stdin=stdin, stdout=stdout)
         held.callback(pipes.close)
         spec = LaunchSpec(

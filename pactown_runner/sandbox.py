@@ -38,7 +38,7 @@ from .logs import LogError, LogPaths, LogPump, read_log
 from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, Reason, SandboxSpec, State
 from .outcomes import ExitStatus, outcome_of
 from .registry import Kind, Registry, SandboxRow
-from .trees import Main, apply_limits, slice_name
+from .trees import Main, slice_name
 
 __all__ = ["Host", "Sandbox", "tenant_environment"]
 
@@ -220,7 +220,7 @@ class Sandbox:
         """
         self._must_live()
         try:
-            held = await self._on_cgroup(lambda cgroup: apply_limits(cgroup, limits))
+            held = await self._on_cgroup(lambda cgroup: self._host.tree.limit(self._user.key, cgroup, limits))
         except GoneError as error:
             raise self._wrong_state() from error
         self._limits |= held
@@ -240,7 +240,7 @@ class Sandbox:
         if self._state is State.STARTING or self._given_back:
             raise self._wrong_state()
         try:
-            return await self._on_cgroup(Cgroup.stats)
+            return await self._on_cgroup(lambda cgroup: cgroup.stats(pressure=True))
         except GoneError as error:
             raise self._wrong_state() from error
 
@@ -386,7 +386,7 @@ class Sandbox:
             self._cgroup = held.enter_context(self._make_cgroup())
             held.callback(self._remove_cgroup)
             limits = spec.limits if spec.limits is not None else host.settings.default_limits
-            self._limits = apply_limits(self._cgroup, limits)
+            self._limits = host.tree.limit(user.key, self._cgroup, limits)
             self._tenant_oom_before = host.tree.tenant_oom(user.key)
             self._pump = self._make_pump()
             self._pump.create()
@@ -550,7 +550,7 @@ class Sandbox:
 
     def _last_stats(self) -> Stats:
         try:
-            return self._cgroup.stats()
+            return self._cgroup.stats(pressure=True)
         except CgroupError as error:
             _log.error("cannot read the counters of %r: %s", self, error)
             return Stats()

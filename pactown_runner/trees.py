@@ -13,7 +13,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Self
@@ -35,7 +35,11 @@ from .models import IsolationReport
 
 __all__ = ["Main", "Scope", "Tree", "apply_limits", "open_tree", "slice_name"]
 
-_WANTED = frozenset({"cpu", "memory", "pids"})
+_WANTED = frozenset({"cpu", "io", "memory", "pids"})
+"""Always enabled: each limits, and counts for every `Outcome`."""
+_ON_DEMAND = frozenset({"cpuset"})
+"""Enabled with the first limit that needs it: it counts nothing, and its global lock makes starts in cgroups slower."""
+
 _STATE, _RUN, _MAIN = "pactown.state", "pactown.run", "pactown.main"
 _KEEPER = "_keeper.scope"
 _TRIES = 10
@@ -167,7 +171,15 @@ class Tree:
         if not self._counts_memory:
             return 0
         with self.slice(key) as group:
-            return group.stats().oom or 0
+            return group.ooms() or 0
+
+    def limit(self, key: str, scope: Cgroup, limits: Limits) -> dict[str, str]:
+        """Write limits on a scope of this tenant; see `apply_limits`."""
+        if limits.cpuset_cpus is not None:
+            with _translated(), self.slice(key) as group:
+                self.root.enable(_ON_DEMAND)
+                group.enable(_ON_DEMAND)
+        return apply_limits(scope, limits)
 
     def scope(self, key: str, name: str, run_id: str) -> Cgroup:
         """Make the scope `<name>.scope` in the tenant's slice, marked with the state and the run.
@@ -255,6 +267,9 @@ class Tree:
             if owner is None:
                 group.mark(_STATE, self._state_id)
             _enable_wanted(group)
+            if self._tenant_limits.cpuset_cpus is not None:
+                with _translated():
+                    self.root.enable(_ON_DEMAND)
             apply_limits(group, self._tenant_limits)
         except BaseException:
             _remove_if_unused(group)
@@ -277,8 +292,14 @@ def apply_limits(group: Cgroup, limits: Limits) -> dict[str, str]:
     """
     if not limits:
         return {}
-    try:
+    with _translated():
         return dict(group.apply(limits))
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
     except GoneError:
         raise
     except CgroupError as error:
