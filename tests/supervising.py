@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -228,11 +229,13 @@ class Child:
             "role": role,
             "on_crash": on_crash,
         }
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in `close`
         self.popen = subprocess.Popen(
             [sys.executable, "-c", _CHILD + source + _MAIN, json.dumps(given)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
         )
 
@@ -244,7 +247,7 @@ class Child:
         """The next line that it prints."""
         assert self.popen.stdout is not None
         line = await soon(asyncio.to_thread(self.popen.stdout.readline))
-        assert line, f"ended with {self.popen.wait()}"
+        assert line, f"ended with {self.popen.wait()}: {self.errors()}"
         return line.strip()
 
     def tell(self, line: str) -> None:
@@ -261,9 +264,15 @@ class Child:
         """Wait for its end."""
         return await soon(asyncio.to_thread(self.popen.wait))
 
+    def errors(self) -> str:
+        """What it has written to its standard error."""
+        self._errors.seek(0)
+        return self._errors.read()
+
     def close(self) -> None:
         self.popen.kill()
         self.popen.communicate()
+        self._errors.close()
 
 
 Start = Callable[..., Child]
