@@ -58,16 +58,22 @@ def claim_left_behind(host: Host, *, services: bool) -> list[Found]:
 async def end_left_behind(host: Host, found: Found) -> None:
     """Kill what still runs of it, write down what it had printed, and give its name free."""
     row = found.row
-    if await host.in_thread(_end_scope, host, row):
-        await _finish_log(host, row.key, row.service_id, row.run_id)
-        await host.in_thread(host.registry.release, row.key, row.service_id, row.run_id)
+    if not await host.in_thread(_is_ours, host, row):
+        return
+    # Its output first: what waits in a FIFO is gone with the last process that holds it open.
+    pump = await host.in_thread(_open_log, host, row.key, row.service_id, row.run_id)
+    try:
+        await host.in_thread(host.tree.end_scope, slice_name(row.key), f"{row.service_id}.scope")
+    finally:
+        await _finish_log(pump)
+    await host.in_thread(host.registry.release, row.key, row.service_id, row.run_id)
 
 
 async def sweep(host: Host) -> None:
     """Remove what bears our state's mark and no record names, and forget owners that are dead."""
     for key, service_id, run_id in await host.in_thread(_sweep, host):
         _log.warning("the output of run %s of %s was left behind, and is written down now", run_id, service_id)
-        await _finish_log(host, key, service_id, run_id)
+        await _finish_log(await host.in_thread(_open_log, host, key, service_id, run_id))
 
 
 def forget_dead_owners(host: Host) -> None:
@@ -80,29 +86,41 @@ def forget_dead_owners(host: Host) -> None:
             host.owner.remove(owner_id)
 
 
-def _end_scope(host: Host, row: SandboxRow) -> bool:
-    """False if the row is not ours any more, and its name perhaps another run's."""
+def _is_ours(host: Host, row: SandboxRow) -> bool:
+    """Whether we still answer for it. If not, its name may be another run's by now."""
     claimed = host.registry.row(row.key, row.service_id)
-    if claimed is None or (claimed.run_id, claimed.owner) != (row.run_id, host.owner.owner_id):
-        return False
-    host.tree.end_scope(slice_name(row.key), f"{row.service_id}.scope")
-    return True
+    return claimed is not None and (claimed.run_id, claimed.owner) == (row.run_id, host.owner.owner_id)
 
 
-async def _finish_log(host: Host, key: str, service_id: str, run_id: str) -> None:
-    """Write down what is in the FIFOs and spools of a run that has ended, if there are any."""
+def _open_log(host: Host, key: str, service_id: str, run_id: str) -> LogPump | None:
+    """Open what a run has printed and nobody has written down, if there is anything."""
     paths = LogPaths(host.settings.log_dir, host.settings.run_dir, key)
-    if (service_id, run_id) not in await host.in_thread(paths.leftovers):
-        return
-    user_id = await host.in_thread(host.registry.key_holder, key) or ""
+    if (service_id, run_id) not in paths.leftovers():
+        return None
+    user_id = host.registry.key_holder(key) or ""
     pump = LogPump(paths=paths, user_id=user_id, service_id=service_id, run_id=run_id, uid=-1, gid=-1, hub=host.hub)
     try:
-        await host.in_thread(lambda: pump.adopt(alive=False))
+        pump.adopt(alive=False)
+    except (LogError, OSError) as error:
+        _incomplete(pump, error)
+        return None
+    return pump
+
+
+async def _finish_log(pump: LogPump | None) -> None:
+    """Write it down. No process of the run may live."""
+    if pump is None:
+        return
+    try:
         await pump.finish()
     except (LogError, OSError) as error:
-        # It stays where it is, for the next sweep.
-        _log.error("the log of run %s of %s is not complete: %s", run_id, service_id, error)
+        _incomplete(pump, error)
         pump.detach()
+
+
+def _incomplete(pump: LogPump, error: Exception) -> None:
+    # It stays where it is, for the next sweep.
+    _log.error("the log of run %s of %s is not complete: %s", pump.run_id, pump.service_id, error)
 
 
 def _sweep(host: Host) -> list[tuple[str, str, str]]:

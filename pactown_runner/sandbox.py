@@ -94,6 +94,7 @@ class Sandbox:
         self._patience = anyio.CancelScope()
         self._pid = 0
         self._given_back = False
+        self._found_frozen = False
         self._tenant_oom_before = 0
         self._limits: dict[str, str] = {}
         self._isolation: IsolationReport | None = None
@@ -309,7 +310,7 @@ class Sandbox:
                 if not found:
                     await self._launch()
                 self._pump.start()
-                self._state = State.RUNNING
+                self._state = State.FROZEN if self._found_frozen else State.RUNNING
                 self._started.set()
                 await self._first_exit()
             except Exception as error:
@@ -417,6 +418,7 @@ class Sandbox:
             if (main := Main.read(self._cgroup)) is not None:
                 self._pid, self._isolation, self._limits = main.pid, main.isolation, dict(main.isolation.limits)
                 self._pidfd = main.pidfd()
+            self._found_frozen = self._cgroup.frozen()
             self._pump = self._make_pump()
             try:
                 self._pump.adopt()
@@ -500,11 +502,13 @@ class Sandbox:
         except (LogError, OSError) as error:
             _log.error("log of %r is not complete: %s", self, error)
             self._pump.detach()
-        status = await self._exit_status()
-        stats = self._last_stats()
-        tenant_oom = self._tenant_oom_before != self._host.tree.tenant_oom(self._user.key)
-        self._remove_cgroup()
-        await self._release()
+        try:
+            status = await self._exit_status()
+            stats = self._last_stats()
+            tenant_oom = self._tenant_oom_before != self._host.tree.tenant_oom(self._user.key)
+        finally:
+            self._remove_cgroup()
+            await self._release()
         return outcome_of(
             status,
             asked=self._ending,

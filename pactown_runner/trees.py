@@ -135,12 +135,9 @@ class Tree:
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Let go of the tree, and remove the slices that this process used and nobody uses any more."""
-        with self._lock:
-            for key in self._made:
-                with suppress(GoneError), self.root.child(slice_name(key)) as group:
-                    _remove_if_unused(group)
-            self._made.clear()
+        """Let go of the tree, and remove the slices that nobody uses any more."""
+        with suppress(CgroupError):
+            self.remove_unused_slices()
         self.root.close()
 
     def slice(self, key: str) -> Cgroup:

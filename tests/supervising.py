@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
+from cgroups import find_mount
 from pactown_runner import Sandbox, SandboxSpec, Settings, Supervisor
 from pactown_runner.registry import Registry
 from tests import hostsweep
@@ -107,9 +108,8 @@ async def eventually(condition: Callable[[], object], seconds: float = PATIENCE)
 
 def tree(settings: Settings) -> Iterator[Path]:
     """Every cgroup below the test's slice."""
-    for top in hostsweep.cgroup_dirs(settings.cgroup_slice.__eq__):
-        for directory, names, _ in os.walk(top):
-            yield from (Path(directory, name) for name in names)
+    for directory, names, _ in os.walk(find_mount().path / settings.cgroup_slice):
+        yield from (Path(directory, name) for name in names)
 
 
 def leftovers(settings: Settings) -> list[str]:

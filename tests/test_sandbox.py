@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
-from cgroups import FormatError, Limits
+from cgroups import FormatError, Limits, find_mount
 from pactown_runner import Sandbox, SandboxSpec, Settings, Supervisor
 from pactown_runner.errors import LimitsError, NotFoundError, RunnerError, SpecError, StartError, StateError
-from tests import hostsweep
 from tests.supervising import (
     USER,
     eventually,
@@ -500,7 +499,7 @@ async def test_what_cannot_be_started_says_why_and_leaves_nothing(
 async def test_limits_that_cannot_be_enforced_are_an_error(
     supervisor: Supervisor, settings: Settings, limits: Limits
 ) -> None:
-    offered = (hostsweep.cgroup2_mounts()[0] / "cgroup.controllers").read_text().split()
+    offered = (find_mount().path / "cgroup.controllers").read_text().split()
     missing = sorted(limits.controllers() - set(offered))
     if not missing:
         pytest.skip("this host offers every controller")

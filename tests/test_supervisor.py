@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
+from cgroups import find_mount
 from pactown_runner import Settings, Supervisor
 from pactown_runner.errors import (
     AlreadyRunningError,
@@ -126,7 +127,7 @@ async def test_a_name_that_is_left_in_the_tree_does_not_stop_a_start(
 ) -> None:
     """Nobody claims it, so it is nobody's; what runs in it is ended."""
     sandbox = await supervisor.start(spec(SLEEP, service="other"))
-    mount = hostsweep.cgroup2_mounts()[0]
+    mount = find_mount().path
     stale = mount / settings.cgroup_slice / f"pactown-{sandbox.user.key}.slice" / "api.scope"
     stale.mkdir()
     stray = subprocess.Popen(SLEEP)
@@ -139,7 +140,7 @@ async def test_a_name_that_is_left_in_the_tree_does_not_stop_a_start(
 async def test_a_slice_that_somebody_removed_is_made_anew(supervisor: Supervisor, settings: Settings) -> None:
     assert (await soon(supervisor.run(spec("exit 0")))).ok
     user = await supervisor.users.get_or_create(USER)
-    os.rmdir(hostsweep.cgroup2_mounts()[0] / settings.cgroup_slice / f"pactown-{user.key}.slice")
+    os.rmdir(find_mount().path / settings.cgroup_slice / f"pactown-{user.key}.slice")
     assert (await soon(supervisor.run(spec("exit 0")))).ok
 
 
@@ -407,6 +408,7 @@ import asyncio, os, sys
 os.setgroups([]); os.setresgid(*[UID] * 3); os.setresuid(*[UID] * 3)
 os.environ["HOME"] = os.environ["XDG_RUNTIME_DIR"] = sys.argv[1]
 from pathlib import Path
+from cgroups import find_mount
 from pactown_runner import SandboxSpec, Supervisor, RunnerError
 
 async def main():
@@ -472,7 +474,7 @@ async def test_without_root_and_delegation_a_start_is_refused(plain_home: Path) 
 
 
 async def test_without_root_a_delegated_cgroup_is_used(plain_home: Path, slice_name: str) -> None:
-    delegated = hostsweep.cgroup2_mounts()[0] / slice_name
+    delegated = find_mount().path / slice_name
     delegated.mkdir()
     for path in (
         delegated,

@@ -1,0 +1,521 @@
+"""Supervisors that are killed outright, and what their successors make of what they left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cgroups import find_mount
+from pactown_runner import Sandbox, Settings, Supervisor
+from pactown_runner.errors import AlreadyRunningError
+from pactown_runner.exits import reap, reap_foreign
+from pactown_runner.outcomes import ExitStatus
+from pactown_runner.owners import Owners
+from pactown_runner.registry import Registry
+from tests.supervising import (
+    USER,
+    Child,
+    Start,
+    eventually,
+    leftovers,
+    lines,
+    processes_of,
+    python,
+    soon,
+    spec,
+    tree,
+)
+
+pytestmark = pytest.mark.host
+each_loop = pytest.mark.each_loop
+
+SLEEP = ["sleep", "1000"]
+
+COUNT = """
+import os, sys, time
+print("ready", flush=True)
+n = 0
+while not os.path.exists("stop"):
+    n += 1
+    os.write(1, b"%d\\n" % n)
+    if n % 50 == 0:
+        time.sleep(0.001)
+os.write(1, b"end %d\\n" % n)
+"""
+
+SERVICE = """
+async def work(supervisor):
+    sandbox = await supervisor.start(spec(COMMAND, **OPTIONS))
+    await say(f"{sandbox.pid} {sandbox.run_id} {sandbox.started_at}")
+    await asyncio.sleep(1000)
+"""
+ADOPTER = """
+async def work(supervisor):
+    await say(" ".join(["ready", *sorted(sandbox.service_id for sandbox in supervisor.list())]))
+    await asyncio.sleep(1000)
+"""
+
+
+def service(command: object, **options: object) -> str:
+    return SERVICE.replace("COMMAND", repr(command)).replace("OPTIONS", repr(options))
+
+
+async def adopted(supervisor: Supervisor, service_id: str = "api") -> Sandbox:
+    def here() -> Sandbox | None:
+        return next((one for one in supervisor.list() if one.service_id == service_id), None)
+
+    await eventually(here)
+    sandbox = here()
+    assert sandbox is not None
+    await soon(sandbox.started())
+    return sandbox
+
+
+# ---- A service whose supervisor died
+
+
+@each_loop
+async def test_a_live_server_takes_a_service_over(supervisor: Supervisor, child: Start) -> None:
+    process = child(service(python(COUNT)))
+    pid, run_id, started_at = (await process.line()).split()
+    assert supervisor.list() == []
+    with pytest.raises(AlreadyRunningError):
+        await supervisor.start(spec(SLEEP))
+    begin = time.monotonic()
+    await process.killed()
+    sandbox = await adopted(supervisor)
+    assert time.monotonic() - begin < supervisor.settings.takeover_interval + 2
+    assert (str(sandbox.pid), sandbox.run_id, str(sandbox.started_at)) == (pid, run_id, started_at)
+    assert sandbox.state == "running"
+    assert sandbox.isolation.placement == "born"
+    assert sandbox.isolation.uid == (sandbox.user.linux_uid,) * 3
+    os.kill(sandbox.pid, 0)
+    # It can be used like any other.
+    await sandbox.freeze()
+    await sandbox.thaw()
+    assert ((await sandbox.stats()).cpu_usage_usec or 0) > 0
+    outcome = await soon(sandbox.stop(grace=5))
+    assert outcome.reason == "stopped"
+    assert outcome.wall_seconds >= time.time() - float(started_at) - 5
+    assert processes_of(sandbox.user.linux_uid) == {}
+    numbers = [int(line) for line in await lines(sandbox) if line.isdecimal()]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert numbers
+
+
+async def test_a_new_server_takes_a_service_over_before_it_is_entered(settings: Settings, child: Start) -> None:
+    process = child(service(SLEEP))
+    pid = (await process.line()).split()[0]
+    await process.killed()
+    async with Supervisor(settings=settings) as supervisor:
+        (sandbox,) = supervisor.list()
+        assert (sandbox.state, str(sandbox.pid)) == ("running", pid)
+        assert sandbox.spec.argv == tuple(SLEEP)
+    assert leftovers(settings) == []
+
+
+@pytest.mark.parametrize("ends", ["exit 7", "kill -9 $$"])
+async def test_how_an_adopted_one_ended_is_said_if_the_kernel_knows(
+    supervisor: Supervisor, child: Start, ends: str
+) -> None:
+    process = child(service(f"until [ -e go ]; do sleep 0.01; done; {ends}"))
+    await process.line()
+    await process.killed()
+    sandbox = await adopted(supervisor)
+    (sandbox.user.home_dir / "sandboxes/api/go").touch()
+    outcome = await soon(sandbox.wait())
+    known = ("exited", 7, None) if ends == "exit 7" else ("signaled", None, 9)
+    assert (outcome.reason, outcome.exit_code, outcome.signal) in [known, ("lost", None, None)]
+    if tuple(int(part) for part in os.uname().release.split(".")[:2]) >= (6, 15):
+        assert outcome.reason == known[0]
+
+
+async def test_one_that_ended_while_nobody_looked_is_put_away(settings: Settings, child: Start) -> None:
+    process = child(service("echo before; until [ -e go ]; do sleep 0.01; done; echo after; exit 7"))
+    await process.line()
+    async with Supervisor(settings=settings, role="one-shot") as other:
+        user = await other.users.get_or_create(USER)
+        await eventually((user.home_dir / "sandboxes/api").exists)
+    await process.killed()
+    (user.home_dir / "sandboxes/api/go").touch()
+    await eventually(lambda: processes_of(user.linux_uid) == {})
+    async with Supervisor(settings=settings) as supervisor:
+        assert supervisor.list() == []
+        assert [record.line async for record in supervisor.logs(USER, "api")][:1] == ["before"]
+        assert (await soon(supervisor.run(spec("exit 0")))).ok
+    assert leftovers(settings) == []
+
+
+async def test_an_adopted_one_keeps_its_time_limit(supervisor: Supervisor, child: Start) -> None:
+    process = child(service(SLEEP, timeout=1.0))
+    started_at = float((await process.line()).split()[2])
+    await process.killed()
+    sandbox = await adopted(supervisor)
+    outcome = await soon(sandbox.wait())
+    assert outcome.reason == "timed-out"
+    assert 0.9 < time.time() - started_at < 3
+    assert 0.9 < outcome.wall_seconds < 3
+
+
+async def test_a_frozen_service_is_found_frozen(supervisor: Supervisor, child: Start) -> None:
+    process = child(service(SLEEP).replace("    await say", "    await sandbox.freeze()\n    await say"))
+    await process.line()
+    await process.killed()
+    sandbox = await adopted(supervisor)
+    assert sandbox.state == "frozen"
+    await sandbox.thaw()
+    assert (await soon(sandbox.stop(grace=5))).signal == signal.SIGTERM
+
+
+async def test_a_clean_end_leaves_nothing_to_take_over(supervisor: Supervisor, child: Start) -> None:
+    process = child(service(SLEEP).replace("asyncio.sleep(1000)", "told()"))
+    await process.line()
+    process.tell("end")
+    assert await process.ended() == 0
+    await asyncio.sleep(2 * supervisor.settings.takeover_interval)
+    assert supervisor.list() == []
+
+
+async def test_on_crash_kill_ends_services_too(settings: Settings, child: Start) -> None:
+    process = child(service("echo x; exec sleep 1000"))
+    pid = int((await process.line()).split()[0])
+    await process.killed()
+    async with Supervisor(settings=replace(settings, on_crash="kill")) as supervisor:
+        assert supervisor.list() == []
+        assert not _runs(pid)
+        assert [record.line async for record in supervisor.logs(USER, "api")] == ["x"]
+    assert leftovers(settings) == []
+
+
+async def test_who_does_not_stay_leaves_services_alone_and_ends_runs(settings: Settings, child: Start) -> None:
+    process = child(
+        """
+async def work(supervisor):
+    await supervisor.start(spec(["sleep", "1000"]))
+    run = await supervisor.start_run(spec("echo begun; trap '' TERM; sleep 1000 & wait", service="run"))
+    async for record in run.logs(follow=True):
+        await say("ready")
+        break
+    await asyncio.sleep(1000)
+"""
+    )
+    await process.line()
+    await process.killed()
+    async with Supervisor(settings=settings, role="one-shot") as supervisor:
+        user = await supervisor.users.get_or_create(USER)
+        assert supervisor.list() == []
+        assert {cgroup.rpartition("/")[2] for cgroup in processes_of(user.linux_uid).values()} == {"api.scope"}
+        assert [record.line async for record in supervisor.logs(USER, "run")] == ["begun"]
+        with pytest.raises(AlreadyRunningError):
+            await supervisor.start(spec(SLEEP))
+    async with Supervisor(settings=settings) as supervisor:
+        assert [sandbox.service_id for sandbox in supervisor.list()] == ["api"]
+    assert leftovers(settings) == []
+
+
+async def test_a_run_ends_with_its_supervisor(supervisor: Supervisor, child: Start) -> None:
+    process = child(
+        """
+async def work(supervisor):
+    run = await supervisor.start_run(spec("echo begun; setsid sleep 1000 & sleep 1000"))
+    async for record in run.logs(follow=True):
+        await say("ready")
+        break
+    await asyncio.sleep(1000)
+"""
+    )
+    await process.line()
+    user = await supervisor.users.get_or_create(USER)
+    assert len(processes_of(user.linux_uid)) > 1
+    await process.killed()
+    await eventually(lambda: processes_of(user.linux_uid) == {})
+    await eventually(lambda: not [path for path in tree(supervisor.settings) if path.name == "api.scope"])
+    assert supervisor.list() == []
+    await eventually(lambda: len(leftovers(supervisor.settings)) == 2)  # our owner, and the tenant's slice
+    assert [record.line async for record in supervisor.logs(USER, "api")] == ["begun"]
+
+
+async def test_a_service_that_cannot_be_adopted_is_ended(
+    settings: Settings, child: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = child(
+        """
+async def work(supervisor):
+    for name in ("bad", "good"):
+        await supervisor.start(spec(["sleep", "1000"], service=name))
+    await say("ready")
+    await asyncio.sleep(1000)
+"""
+    )
+    await process.line()
+    await process.killed()
+    with Registry(settings.state_dir / "registry.db") as registry:
+        (row,) = [row for row in registry.rows() if row.service_id == "bad"]
+        registry.update_spec(row.key, row.service_id, row.run_id, '{"of": "another version"}')
+    with caplog.at_level(logging.ERROR):
+        async with Supervisor(settings=settings) as supervisor:
+            assert [sandbox.service_id for sandbox in supervisor.list()] == ["good"]
+            assert {cgroup.rpartition("/")[2] for cgroup in processes_of(_uid(supervisor)).values()} == {"good.scope"}
+            assert "cannot go on" in caplog.text
+    assert leftovers(settings) == []
+
+
+async def test_a_service_whose_output_is_gone_is_ended(settings: Settings, child: Start) -> None:
+    process = child(service(SLEEP))
+    pid = int((await process.line()).split()[0])
+    await process.killed()
+    for path in (settings.run_dir / "fifo").iterdir():
+        path.unlink()
+    async with Supervisor(settings=settings) as supervisor:
+        assert supervisor.list() == []
+        assert not _runs(pid)
+    assert leftovers(settings) == []
+
+
+async def test_of_several_servers_one_takes_it(settings: Settings, child: Start) -> None:
+    process = child(service(SLEEP))
+    pid = (await process.line()).split()[0]
+    async with Supervisor(settings=settings) as one, Supervisor(settings=settings) as two:
+        third = child(ADOPTER.replace('await say(" "', 'await say("up")\n    await told()\n    await say(" "'))
+        assert await third.line() == "up"
+        await process.killed()
+
+        def owned() -> list[Sandbox]:
+            return one.list() + two.list()
+
+        def owner() -> str:
+            with Registry(settings.state_dir / "registry.db") as registry:
+                return registry.rows()[0].owner
+
+        first = owner()
+        await eventually(lambda: owner() != first or owned())
+        await asyncio.sleep(4 * settings.takeover_interval)
+        third.tell("list")
+        theirs = await third.line()
+        assert len(owned()) + (theirs == "ready api") == 1
+        assert _runs(int(pid))
+        await third.killed()
+
+
+# ---- Many deaths in a row
+
+
+async def test_twenty_deaths_in_a_row_lose_and_double_no_line(settings: Settings, child: Start) -> None:
+    chance = random.Random(20)
+    process = child(service(python(COUNT)))
+    pid = (await process.line()).split()[0]
+    for _ in range(20):
+        await asyncio.sleep(chance.uniform(0, 0.05))
+        await process.killed()
+        process = child(ADOPTER)
+        if chance.random() < 0.7:
+            assert await process.line() == "ready api"
+        else:
+            # In the middle of its coming up.
+            await asyncio.sleep(chance.uniform(0.1, 0.5))
+    await process.killed()
+    async with Supervisor(settings=settings) as supervisor:
+        (sandbox,) = supervisor.list()
+        assert str(sandbox.pid) == pid
+        (sandbox.user.home_dir / "sandboxes/api/stop").touch()
+        await soon(sandbox.wait())
+        records = [record async for record in sandbox.logs()]
+        assert [record.seq for record in records] == list(range(1, len(records) + 1))
+        first, *numbers, last = [record.line for record in records]
+        assert (first, last) == ("ready", f"end {len(numbers)}")
+        assert numbers == [str(number) for number in range(1, len(numbers) + 1)]
+        assert len(numbers) > 1000
+    assert leftovers(settings) == []
+
+
+# ---- Deaths in the middle of a start
+
+DIE = """
+import signal
+from unittest import mock
+from cgroups import find_mount
+from pactown_runner import registry, sandbox, trees
+from pactown_runner.logs import pump
+import pactown_runner.sandbox, pactown_runner.trees, cgroups
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def before(target, name):
+    setattr(target, name, die)
+
+def after(target, name):
+    whole = getattr(target, name)
+    def wrapped(*args, **kwargs):
+        answer = whole(*args, **kwargs)
+        die()
+    setattr(target, name, wrapped)
+
+async def work(supervisor):
+    await supervisor.users.get_or_create("auth0|123456")
+    WHERE
+    starting = supervisor.KIND(spec(["sleep", "1000"]))
+    await starting
+    await say("survived")
+"""
+
+POINTS = {
+    "before the claim": "before(registry.Registry, 'claim')",
+    "after the claim": "after(registry.Registry, 'claim')",
+    "after the slice": "after(trees.Tree, '_make_slice')",
+    "before the slice is marked": "before(cgroups.Cgroup, 'mark')",
+    "before the cgroup is marked": "before(cgroups.Cgroup, 'mark', 'pactown.run')",
+    "after the cgroup": "after(trees.Tree, 'scope')",
+    "after the limits": "after(trees.Tree, 'limit')",
+    "after one FIFO": "after(pump.Fifo, 'create')",
+    "after the FIFOs": "after(sandbox.LogPump, 'create')",
+    "before the launch": "before(sandbox, 'launch_async')",
+    "before it is written down": "before(trees.Main, 'mark')",
+    "after it is written down": "after(trees.Main, 'mark')",
+    "before its output is taken": "before(sandbox.LogPump, 'start')",
+}
+
+
+@pytest.mark.parametrize("kind", ["start", "start_run"])
+@pytest.mark.parametrize("point", POINTS)
+async def test_nothing_half_made_is_left_of_a_start(settings: Settings, child: Start, point: str, kind: str) -> None:
+    if kind == "start_run" and "written down" in point:
+        pytest.skip("nothing is written down for those who come after a run")
+    process = child(DIE.replace("WHERE", POINTS[point]).replace("KIND", kind))
+    assert await process.ended() == -signal.SIGKILL, process.errors()
+    whole = kind == "start" and point in ("after it is written down", "before its output is taken")
+    async with Supervisor(settings=settings) as supervisor:
+        uid = _uid(supervisor)
+        if whole:
+            # Whoever asked for it never heard of it; but it is all there, so it is as good as any.
+            (sandbox,) = supervisor.list()
+            assert (await soon(sandbox.stop(grace=5))).signal == signal.SIGTERM
+        await eventually(lambda: not supervisor.list())
+        assert processes_of(uid) == {}
+        left = [what for what in leftovers(settings) if "/owners/" not in what]
+        assert left == [str(path) for path in tree(settings) if whole]
+        assert (await soon(supervisor.run(spec("exit 0")))).ok
+    assert leftovers(settings) == []
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_death_at_any_moment_of_a_start_leaves_nothing(settings: Settings, child: Start, seed: int) -> None:
+    """From outside, at random: also inside system calls."""
+    source = """
+async def work(supervisor):
+    await supervisor.users.get_or_create("auth0|123456")
+    await say("ready")
+    while True:
+        runs = [supervisor.run(spec("echo x; setsid sleep 1000 & echo y", service=f"s{n}")) for n in range(3)]
+        await asyncio.gather(*runs)
+"""
+    process = child(source)
+    assert await process.line() == "ready"
+    await asyncio.sleep(random.Random(seed).uniform(0, 0.05))
+    await process.killed()
+    async with Supervisor(settings=settings, role="one-shot") as supervisor:
+        await eventually(lambda: processes_of(_uid(supervisor)) == {})
+        assert [what for what in leftovers(settings) if "/owners/" not in what] == []
+        for number in range(3):
+            texts = [record.line async for record in supervisor.logs(USER, f"s{number}")]
+            assert set(texts) <= {"x", "y"}
+            assert texts[::2].count("y") == 0
+    assert leftovers(settings) == []
+
+
+async def test_the_files_of_dead_owners_go(supervisor: Supervisor, child: Start) -> None:
+    owners = Owners(supervisor.settings.state_dir)
+    processes: list[Child] = [child(ADOPTER) for _ in range(3)]
+    for process in processes:
+        assert await process.line() == "ready"
+    assert len(list(owners.directory.iterdir())) == 4
+    for process in processes:
+        await process.killed()
+    await eventually(lambda: len(list(owners.directory.iterdir())) == 1)
+
+
+async def test_a_look_that_fails_is_not_the_last(
+    supervisor: Supervisor, child: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("a disk that is full")
+
+    process = child(service(SLEEP))
+    await process.line()
+    with monkeypatch.context() as patch:
+        patch.setattr("pactown_runner.supervisor.claim_left_behind", fail)
+        await eventually(lambda: "a disk that is full" in caplog.text)
+    await process.killed()
+    assert (await adopted(supervisor)).state == "running"
+
+
+async def test_cgroups_that_no_record_names_are_swept(settings: Settings) -> None:
+    """And those of others, or of a live supervisor, are not."""
+    async with Supervisor(settings=settings) as supervisor:
+        sandbox = await supervisor.start(spec(SLEEP))
+        top = find_mount().path / settings.cgroup_slice
+        slice_ = top / f"pactown-{sandbox.user.key}.slice"
+        foreign = top / "pactown-ffffffff.slice"
+        state = os.getxattr(slice_, "trusted.pactown.state")
+        for path, mark in ((slice_ / "orphan.scope", state), (foreign, b"other"), (foreign / "x.scope", b"other")):
+            path.mkdir()
+            os.setxattr(path, "trusted.pactown.state", mark)
+        stray = await asyncio.create_subprocess_exec(*SLEEP)
+        (slice_ / "orphan.scope" / "cgroup.procs").write_text(str(stray.pid))
+        async with Supervisor(settings=settings):
+            assert await soon(stray.wait()) == -signal.SIGKILL
+            assert not (slice_ / "orphan.scope").exists()
+            assert (foreign / "x.scope").exists()
+        assert sandbox.state == "running"
+        assert _runs(sandbox.pid)
+
+
+async def test_output_that_no_record_names_is_written_down(settings: Settings) -> None:
+    async with Supervisor(settings=settings) as supervisor:
+        assert (await soon(supervisor.run(spec("echo first")))).ok
+        user = await supervisor.users.get_or_create(USER)
+    spool = settings.log_dir / f"pactown_{user.key}" / ".spool" / "api.0123456789abcdef.out"
+    spool.write_bytes(b"left behind\n")
+    async with Supervisor(settings=settings) as supervisor:
+        assert [record.line async for record in supervisor.logs(USER, "api")] == ["first", "left behind"]
+    assert leftovers(settings) == []
+
+
+async def test_a_status_is_told_of_no_child_of_ours() -> None:
+    """Of a grandchild that its own parent has not reaped, and after it has."""
+    read, write = os.pipe()
+    parent = await asyncio.create_subprocess_exec(
+        "sh", "-c", "(exit 9) & echo $!; read x; wait", stdin=asyncio.subprocess.PIPE, stdout=write
+    )
+    os.close(write)
+    pid = int(os.read(read, 64))
+    os.close(read)
+    await eventually(lambda: ") Z " in Path(f"/proc/{pid}/stat").read_text())
+    pidfd = os.pidfd_open(pid)
+    try:
+        with pytest.raises(ChildProcessError):
+            reap(pidfd)
+        assert reap_foreign(pidfd, pid) == ExitStatus(exit_code=9)
+        await parent.communicate(b"\n")
+        assert reap_foreign(pidfd, pid) in (ExitStatus(exit_code=9), ExitStatus())
+    finally:
+        os.close(pidfd)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def _uid(supervisor: Supervisor) -> int:
+    return supervisor.settings.uid_ranges[0][0]
