@@ -11,7 +11,7 @@ from .messages import Ended, errors_told, say, write_json
 from .options import Config, Json, UsersBase, load_settings
 
 if TYPE_CHECKING:
-    from .purging import Plan, Purge
+    from ..purge import Plan, Purge
 
 __all__ = ["register"]
 
@@ -38,7 +38,7 @@ def purge(
     """
     with errors_told(1, as_json=as_json):
         from ..errors import StateError  # noqa: PLC0415
-        from .purging import Purge  # noqa: PLC0415
+        from ..purge import Purge  # noqa: PLC0415
 
         with Purge(load_settings(users_base, config)) as work:
             plan = work.plan()

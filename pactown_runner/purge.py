@@ -22,15 +22,15 @@ from typing import Self
 
 from cgroups import Cgroup, CgroupError, Limits, find_mount
 
-from ..accounts import PREFIX
-from ..config import Settings
-from ..errors import AccountError, RunnerError, StateError
-from ..launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_popen
-from ..models import IsolatedUser
-from ..owners import Owner
-from ..registry import Registry, UserRow
-from ..trees import Tree, open_tree
-from ..users import Users
+from .accounts import PREFIX
+from .config import Settings
+from .errors import AccountError, RunnerError, StateError
+from .launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_popen
+from .models import IsolatedUser
+from .owners import Owner
+from .registry import Registry, UserRow
+from .trees import Tree, open_tree
+from .users import Users
 
 __all__ = ["Plan", "Purge"]
 
