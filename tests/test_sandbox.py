@@ -439,6 +439,7 @@ while True:
 """
     sandbox = await supervisor.start(spec(["sh", "-c", 'ulimit -u 200; exec "$0" "$@"', *python(bomb)]))
     await line_of(sandbox)
+    await eventually(lambda: len(processes_of(sandbox.user.linux_uid)) > 10)
     outcome = await soon(sandbox.stop(grace=grace))
     assert (outcome.reason, outcome.signal) == ("stopped", 9)
     assert outcome.survivors_killed > 1

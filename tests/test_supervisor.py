@@ -408,7 +408,6 @@ import asyncio, os, sys
 os.setgroups([]); os.setresgid(*[UID] * 3); os.setresuid(*[UID] * 3)
 os.environ["HOME"] = os.environ["XDG_RUNTIME_DIR"] = sys.argv[1]
 from pathlib import Path
-from cgroups import find_mount
 from pactown_runner import SandboxSpec, Supervisor, RunnerError
 
 async def main():
