@@ -13,7 +13,7 @@ from typing import Any
 
 from cgroups import CgroupError
 
-from ..errors import ConfigError, RunnerError
+from ..errors import RunnerError
 from .visible import visible
 
 __all__ = ["Ended", "errors_told", "say", "write_json"]
@@ -45,6 +45,8 @@ def errors_told(status: int, *, as_json: bool) -> Iterator[None]:
     except (RunnerError, CgroupError) as error:
         code = error.code if isinstance(error, RunnerError) else "cgroup"
         _tell(code, error.message, error.remedy, as_json=as_json)
+    except KeyboardInterrupt:
+        raise Ended(130) from None
     except OSError as error:
         _tell("os", _describe(error), _remedy(error), as_json=as_json)
     except Exception as error:
@@ -95,8 +97,3 @@ def _describe(error: OSError) -> str:
 
 def _remedy(error: OSError) -> str | None:
     return "run as root" if isinstance(error, PermissionError) and os.geteuid() != 0 else None
-
-
-def bad_setting(message: str, remedy: str | None = None) -> ConfigError:
-    """An option's value that cannot be."""
-    return ConfigError(message, remedy=remedy)

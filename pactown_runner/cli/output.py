@@ -97,21 +97,27 @@ def _write_all(fd: int, data: bytes) -> None:
             poller.poll()
 
 
-async def relay(records: AsyncIterator[LogRecord], output: Output) -> None:
-    """Write all records, many at a time where they come fast.
+async def relay(records: AsyncIterator[LogRecord], output: Output, *, expect: int | None = None) -> int:
+    """Write all records, many at a time where they come fast; return how many the log's cap had dropped before.
+
+    Args:
+        expect: the number of the first record, if that is known.
 
     Raises:
         OSError: see `Output.write`.
         LogError: the log cannot be read.
     """
     waiting: list[Part] = []
-    size = 0
+    size = dropped = 0
     filled, emptied = asyncio.Event(), asyncio.Event()
 
     async def collect() -> None:
-        nonlocal size
+        nonlocal size, dropped, expect
         try:
             async for record in records:
+                # Numbers have no gaps, but where a reader was slower than a flood that filled the log.
+                dropped += record.seq - expect if expect is not None else 0
+                expect = record.seq + 1
                 fd, data = output.part(record)
                 waiting.append((fd, data))
                 size += len(data)
@@ -135,6 +141,7 @@ async def relay(records: AsyncIterator[LogRecord], output: Output) -> None:
         collecting.cancel()
         await asyncio.wait([collecting])
     collecting.result()
+    return dropped
 
 
 def _joined(parts: list[Part]) -> list[Part]:

@@ -85,6 +85,7 @@ class _Run:
         self._supervisor = Supervisor(settings=settings, role="one-shot")
         self._signal: int | None = None
         self._signalled = asyncio.Event()
+        self._unread = False
         self._stopping: set[asyncio.Task[None]] = set()
 
     async def to_end(self) -> RunEnd:
@@ -99,45 +100,45 @@ class _Run:
                 # Within the supervisor's life: it would not wait for a stop that is under way.
                 if self._stopping:
                     await asyncio.wait(self._stopping)
-        return self._ended(sandbox, outcome)
-
-    def _ended(self, sandbox: Sandbox, outcome: Outcome | None) -> RunEnd:
-        if outcome is None:
-            return RunEnd(_NO_READER)
         if outcome.reason not in ("exited", "signaled", "stopped"):
             say(f"pactown-runner: {outcome.message}")
+        status = _NO_READER if self._unread else exit_code(outcome, self._signal)
         document = {
             "service": sandbox.service_id,
             "outcome": outcome.to_dict(),
             "isolation": sandbox.isolation.to_dict(),
         }
-        return RunEnd(exit_code(outcome, self._signal), document)
+        return RunEnd(status, document)
 
-    async def _follow(self, sandbox: Sandbox) -> Outcome | None:
-        """Pass the output on until the end; None if nobody read it any more."""
-        relaying = asyncio.create_task(relay(sandbox.logs(follow=True), self._output))
+    async def _follow(self, sandbox: Sandbox) -> Outcome:
+        """Pass the output on until nothing of the sandbox runs any more and all is written."""
+        relaying = asyncio.create_task(self._relay(sandbox))
         ending = asyncio.create_task(sandbox.wait())
         interrupted = asyncio.create_task(self._signalled.wait())
         try:
             await asyncio.wait({relaying, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if relaying.done() and relaying.exception() is not None:
+            if relaying.done() and (self._unread or relaying.exception() is not None):
                 await sandbox.stop()
-                with contextlib.suppress(BrokenPipeError):
-                    relaying.result()
-                return None
             outcome = await ending
             await asyncio.wait({relaying, interrupted}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait({relaying}, timeout=LAST_WORDS_SECONDS if interrupted.done() else None)
             if relaying.done():
-                with contextlib.suppress(BrokenPipeError):
-                    relaying.result()
-                    return outcome
-                return None
+                relaying.result()
             return outcome
         finally:
-            for task in (relaying, interrupted):
+            tasks = (relaying, ending, interrupted)
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait({relaying, interrupted})
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _relay(self, sandbox: Sandbox) -> None:
+        try:
+            dropped = await relay(sandbox.logs(follow=True), self._output)
+        except BrokenPipeError:
+            self._unread = True
+            return
+        if dropped:
+            say(f"pactown-runner: {dropped} lines are missing: they were read too slowly, and the log was full")
 
     # Signals ----------------------------------------------------------------------------------------------------
 

@@ -76,8 +76,8 @@ _KINDS = {
     "memory": _Kind(True, "a start that asks for one fails, and one tenant can use up the host's memory"),
     "cpu": _Kind(True, "a start that asks for one fails, and tenants take CPU time from each other"),
     "pids": _Kind(True, "a start that asks for one fails, and a fork bomb hits the whole host"),
-    "io": _Kind(False, "tenants can slow each other's disk"),
-    "cpuset": _Kind(False, "tenants cannot be kept to single CPUs"),
+    "io": _Kind(False, "a start that asks for one fails, and tenants can slow each other's disk"),
+    "cpuset": _Kind(False, "a start that asks for one fails"),
 }
 
 

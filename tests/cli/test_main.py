@@ -1,0 +1,67 @@
+"""The command as a whole: help, version, and life without its extra."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.conftest import COMMAND, ROOT
+
+WITHOUT_TYPER = (
+    "import sys; sys.modules['typer'] = None; from pactown_runner.cli import main; sys.exit(main(['doctor']))"
+)
+
+
+def _run(*words: str) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    return subprocess.run(words, env=environ, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_without_typer_it_says_what_to_install() -> None:
+    done = _run(sys.executable, "-c", WITHOUT_TYPER)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "error: the command line needs typer, which is not installed",
+        "try: pip install 'pactown-runner[cli]'",
+    ]
+
+
+def test_version() -> None:
+    done = _run(*COMMAND, "--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("pactown-runner ")
+
+
+def test_help_lists_the_commands() -> None:
+    done = _run(*COMMAND, "--help")
+    assert done.returncode == 0
+    for name in ("run", "logs", "doctor", "purge"):
+        assert f" {name} " in done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "logs", "doctor", "purge"])
+def test_each_command_has_help(command: str) -> None:
+    done = _run(*COMMAND, command, "-h")
+    assert done.returncode == 0
+    assert f"pactown-runner {command}" in done.stdout
+    assert "--users-base" in done.stdout
+
+
+def test_help_of_run_has_examples_and_exit_codes() -> None:
+    text = _run(*COMMAND, "run", "--help").stdout
+    assert "pactown-runner run --user alice -- id" in text
+    assert "124 if --timeout did" in text
+
+
+def test_misuse_is_2() -> None:
+    done = _run(*COMMAND, "doctor", "--nonsense")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_importing_doctor_needs_no_typer() -> None:
+    source = "import sys; sys.modules['typer'] = None; import pactown_runner.doctor"
+    assert _run(sys.executable, "-c", source).returncode == 0

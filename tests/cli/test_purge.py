@@ -1,0 +1,121 @@
+"""`purge`: nothing is left, and nothing is taken that is not ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pactown_runner import Settings
+from tests import hostsweep
+from tests.cli.conftest import USER, Cli, Start, run_words
+
+if TYPE_CHECKING:
+    from tests.hostguard import Run
+
+pytestmark = pytest.mark.host
+
+MESS = """
+mkdir -p deep/er "odd
+name" && touch deep/er/file .hidden -- -rf && ln -s / root && ln -s /etc/passwd passwd && mkfifo fifo
+chmod 000 deep/er deep; touch /tmp/$1 /dev/shm/$1; ipcmk --shmem 4096 >&2"""
+
+
+def _left(settings: Settings, run: Run) -> list[str]:
+    cgroups = [str(path) for path in hostsweep.cgroup_dirs(settings.cgroup_slice.__eq__)]
+    found = [*hostsweep.accounts(run.claim), *hostsweep.ipc_objects(run.claim), *hostsweep.processes(run.claim)]
+    files = [leak.what for leak in hostsweep.files(run.claim) if leak.what != f"file {run.directory}"]
+    return [*cgroups, *files, *(leak.what for leak in found)]
+
+
+def test_nothing_is_left(cli: Cli, settings: Settings, test_run: Run) -> None:
+    assert cli(*run_words("sh", "-c", MESS, "sh", f"{test_run.name}-public")).returncode == 0
+    assert cli("run", "--user", "other", "--", "true").returncode == 0
+    assert len(_left(settings, test_run)) >= 7  # two logins, two groups, two files, shared memory
+
+    done = cli("purge", "--yes")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert USER.encode() in done.stdout
+    assert not settings.users_base.exists()
+    assert _left(settings, test_run) == []
+    assert Path("/etc/passwd").stat().st_size > 0
+
+    again = cli("purge", "--yes")
+    assert (again.returncode, again.stdout) == (0, b"nothing to remove\n")
+    assert not settings.users_base.exists()
+
+
+def test_it_asks_first(cli: Cli, settings: Settings) -> None:
+    cli(*run_words("true"))
+    for words in (["purge"], ["purge", "--json"]):
+        done = cli(*words)
+        assert done.returncode == 1
+        assert b"give --yes" in done.stdout + done.stderr
+    assert (settings.state_dir / "registry.db").exists()
+    assert len(list(settings.users_base.glob("pactown_*"))) == 1
+
+
+def test_live_owner_is_respected(cli: Cli, start: Start, settings: Settings, test_run: Run) -> None:
+    process = start(*run_words("sh", "-c", "echo ready; exec sleep 1000"))
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+
+    refused = cli("purge", "--yes")
+    assert refused.returncode == 1
+    assert b"1 live processes use" in refused.stderr
+    assert b"try: stop them first" in refused.stderr
+    assert process.poll() is None
+
+    forced = cli("purge", "--yes", "--force", "--json")
+    assert forced.returncode == 0, forced
+    document = json.loads(forced.stdout)
+    assert document["failed"] == []
+    assert any("probe.scope" in what for what in document["removed"])
+    assert process.wait(60) in (125, 137)
+    assert _left(settings, test_run) == []
+
+
+def test_what_a_killed_runner_left_is_removed(cli: Cli, start: Start, settings: Settings, test_run: Run) -> None:
+    process = start(*run_words("sh", "-c", "echo ready; exec sleep 1000"))
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+
+    done = cli("purge", "--yes")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"running sandbox  pactown-" in done.stdout
+    assert _left(settings, test_run) == []
+
+
+def test_what_cannot_be_removed_is_named_and_not_forgotten(cli: Cli, settings: Settings, test_run: Run) -> None:
+    cli(*run_words("true"))
+    home = next(settings.users_base.glob("pactown_*"))
+    login = pwd.getpwnam(home.name)
+    foreign = home / "roots"
+    foreign.mkdir()
+    (foreign / "file").touch()
+
+    done = cli("purge", "--yes", "--json")
+    assert done.returncode == 1
+    failed = json.loads(done.stdout)["failed"]
+    assert any(login.pw_name in entry["what"] and "not empty" in entry["why"] for entry in failed)
+    assert foreign.is_dir()
+    assert pwd.getpwnam(login.pw_name) == login
+
+    hostsweep.remove_file(foreign)
+    assert cli("purge", "--yes").returncode == 0
+    assert _left(settings, test_run) == []
+
+
+def test_foreign_files_are_left_alone(cli: Cli, settings: Settings) -> None:
+    cli(*run_words("true"))
+    mine = settings.users_base / "operators-own"
+    mine.touch()
+    assert cli("purge", "--yes").returncode == 0
+    assert os.listdir(settings.users_base) == ["operators-own"]

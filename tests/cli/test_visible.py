@@ -1,0 +1,36 @@
+"""What of a tenant's bytes reaches a terminal."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pactown_runner.cli.visible import visible
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (b"plain text\n\tindented", b"plain text\n\tindented"),
+        ("é 漢字 🙂".encode(), "é 漢字 🙂".encode()),
+        (b"\x1b[2J", rb"\x1b[2J"),
+        (b"a\rb\x08\x7f\x00", rb"a\rb\x08\x7f\x00"),
+        (b"\x9b31m", rb"\x9b31m"),
+        ("\x9b31m".encode(), rb"\x9b31m"),
+        ("\u202e".encode(), rb"\u202e"),
+        ("\u2028\ufeff\U000e0001".encode(), rb"\u2028\ufeff\U000e0001"),
+    ],
+)
+def test_control_characters_are_shown(data: bytes, shown: bytes) -> None:
+    assert visible(data) == shown
+
+
+@given(st.binary())
+def test_nothing_but_printable_characters_comes_out(data: bytes) -> None:
+    assert all(character.isprintable() or character in "\n\t" for character in visible(data).decode())
+
+
+@given(st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"])))
+def test_printable_text_passes(text: str) -> None:
+    assert visible(text.encode()) == text.encode()
