@@ -119,7 +119,7 @@ class Put:
                 packed = write_packed(write)
             code = child.wait()
             if code != 0 or packed is None:
-                raise FilesError(f"cannot put it: tar, as the tenant: {how(code, child)}")
+                raise FilesError(f"cannot put it: {how(code, child)}")
         return packed
 
     def _remove(self, user: IsolatedUser, where: Inside, new: str) -> None:
