@@ -207,7 +207,7 @@ class Purge:
         with ExitStack() as held:
             tree = self._tree(held)
             for row in rows:
-                with self._doing(f"user {row.saas_id} ({row.username}, {row.home})"):
+                with self._doing(f"user {row.saas_id!r} ({row.username}, {row.home})"):
                     if row.virtual == users.root_mode:
                         raise AccountError(f"it was made {'without root' if row.virtual else 'by root'}")
                     user = users.begin_removal(row.saas_id)

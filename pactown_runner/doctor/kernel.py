@@ -28,6 +28,7 @@ OLDEST = (5, 14)
 
 ALL_V2 = "boot with systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all on the kernel's command line"
 
+_OCTAL = re.compile(r"\\([0-7]{3})")  # how the kernel writes blanks in a path
 _MACHINES = ("x86_64", "aarch64")
 
 
@@ -127,7 +128,7 @@ def mount_options(path: str, mountinfo: str | None = None) -> frozenset[str]:
     best, options = "", frozenset[str]()
     for line in text.splitlines():
         before, _, after = line.partition(" - ")
-        point = before.split()[4].encode().decode("unicode_escape")
+        point = _OCTAL.sub(lambda found: chr(int(found[1], 8)), before.split()[4])
         inside = path == point or path.startswith(point.rstrip("/") + "/")
         # Of two at one place the later hides the earlier.
         if inside and len(point) >= len(best):

@@ -21,6 +21,10 @@ __all__ = ["check_launcher", "judge"]
 
 _BUILD = "install a C compiler and run: python -m pactown_runner.launcher.build"
 _SECCOMP = "allow {} in the container's seccomp profile"
+_KILLED_ONCE = (
+    "start the runner in a new cgroup, such as by systemd-run: what is cloned from a cgroup that was killed once "
+    "(cgroup.kill) into another is killed by Linux 6.12 and later"
+)
 _NAMESPACES: tuple[Namespace, ...] = ("ipc", "net", "uts")
 _WAIT_SECONDS = 10.0
 
@@ -72,8 +76,9 @@ def _try_in(scope: Cgroup, uid: int) -> Iterator[Finding]:
     try:
         report = _start(scope, uid)
     except RunnerError as error:
-        step = f" (step {error.step})" if isinstance(error, StartError) else ""
-        yield fail("launcher.works", f"it cannot start a program: {error.message}{step}", error.remedy)
+        was_killed = isinstance(error, StartError) and error.step == "launcher"
+        remedy = _KILLED_ONCE if was_killed else error.remedy
+        yield fail("launcher.works", f"it cannot start a program: {error.message}", remedy)
         return
     yield from judge(report, uid)
     for namespace in _NAMESPACES:
@@ -83,7 +88,7 @@ def _try_in(scope: Cgroup, uid: int) -> Iterator[Finding]:
             yield warn(f"namespace.{namespace}", f"cannot be used: {error.message}", _SECCOMP.format("unshare"))
         else:
             yield ok(f"namespace.{namespace}", "can be asked for")
-    # Last: Linux 6.12 and later kill whatever is born in a cgroup that was killed before, while its parent's was not.
+    # Last: for the same reason as in _KILLED_ONCE, nothing could be born in this cgroup afterwards.
     yield _kill_works(scope, uid)
 
 
