@@ -88,7 +88,8 @@ def _describe(outcome: Outcome) -> str:
         "timed-out": "time is up: ",
         "stopped": "stopped: ",
     }.get(outcome.reason, "")
-    rest = f"; {outcome.survivors_killed} processes had to be killed" if outcome.survivors_killed else ""
+    count = outcome.survivors_killed
+    rest = f"; {count} {'process' if count == 1 else 'processes'} had to be killed" if count else ""
     return f"{why}{how} after {outcome.wall_seconds:.3g} s{rest}"
 
 

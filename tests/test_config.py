@@ -1,0 +1,178 @@
+"""Settings: where they come from, in which order, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cgroups import Limits
+from pactown_runner.config import DEFAULT_UID_RANGES, Settings
+from pactown_runner.errors import ConfigError
+
+TOML = """
+stop_grace = 3
+on_crash = "kill"
+state_dir = "/srv/state"
+uid_ranges = [[70000, 70010], [80000, 80000]]
+[default_limits]
+memory_max = "256M"
+cpu_max = 0.5
+[tenant_limits]
+pids_max = 100
+"""
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "pactown.toml"
+    path.write_text(TOML)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_file_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pactown_runner.config.DEFAULT_CONFIG", tmp_path / "of-the-host.toml")
+
+
+@pytest.fixture
+def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+
+
+@pytest.fixture
+def as_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+
+
+@pytest.mark.usefixtures("as_root")
+def test_the_defaults_are_the_constructors() -> None:
+    settings = Settings.load(environ={})
+    assert settings == Settings()
+    assert settings.users_base == Path("/home/pactown_users")
+    assert (settings.state_dir, settings.run_dir) == (Path("/var/lib/pactown"), Path("/run/pactown"))
+    assert settings.uid_ranges == DEFAULT_UID_RANGES == ((60001, 61183), (65536, 99999))
+    assert settings.root_mode
+
+
+def test_a_file_says_everything(toml: Path) -> None:
+    settings = Settings.load(config=toml, environ={})
+    assert (settings.stop_grace, settings.on_crash, settings.state_dir) == (3.0, "kill", Path("/srv/state"))
+    assert settings.uid_ranges == ((70000, 70010), (80000, 80000))
+    assert settings.default_limits == Limits(memory_max=256 << 20, cpu_max=0.5)
+    assert settings.tenant_limits == Limits(pids_max=100)
+
+
+def test_the_environment_comes_before_the_file_and_arguments_before_both(toml: Path) -> None:
+    environ = {
+        "PACTOWN_CONFIG": str(toml),
+        "PACTOWN_STOP_GRACE": "4.5",
+        "PACTOWN_UID_RANGES": "70000-70001,90000-90009",
+        "PACTOWN_DEFAULT_LIMITS": 'memory_max = "1G", pids_max = 5',
+        "PACTOWN_SOMETHING_ELSE": "not ours to judge",
+        "STOP_GRACE": "99",
+    }
+    settings = Settings.load(environ=environ)
+    assert (settings.stop_grace, settings.on_crash) == (4.5, "kill")
+    assert settings.uid_ranges == ((70000, 70001), (90000, 90009))
+    assert settings.default_limits == Limits(memory_max="1G", pids_max=5)
+    settings = Settings.load(environ=environ, stop_grace=1.0, on_crash=None)
+    assert (settings.stop_grace, settings.on_crash) == (1.0, "kill")
+
+
+def test_the_hosts_file_is_read_if_it_is_there(tmp_path: Path) -> None:
+    (tmp_path / "of-the-host.toml").write_text("stop_grace = 7")
+    assert Settings.load(environ={}).stop_grace == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("colour = 'red'", "unknown settings: colour"),
+        ("stop_grace = 'soon'", "stop_grace"),
+        ("stop_grace = -1", "stop_grace"),
+        ("takeover_interval = 0", "takeover_interval"),
+        ("takeover_interval = nan", "takeover_interval"),
+        ("on_crash = 'panic'", "on_crash"),
+        ("state_dir = 'relative'", "state_dir"),
+        ("state_dir = 5", "state_dir"),
+        ("cgroup_slice = 'pactown'", "cgroup_slice"),
+        ("cgroup_slice = '../x.slice'", "cgroup_slice"),
+        ("uid_ranges = [[0, 5]]", "uid range"),
+        ("uid_ranges = [[5, 4]]", "uid range"),
+        ("uid_ranges = [[1, 4294967295]]", "uid range"),
+        ("uid_ranges = []", "uid_ranges"),
+        ("uid_ranges = 5", "uid_ranges"),
+        ("uid_ranges = [['a', 'b']]", "uid_ranges"),
+        ("default_limits = {memory_max = 'lots'}", "default_limits"),
+        ("default_limits = {colour = 5}", "default_limits"),
+        ("default_limits = 5", "default_limits"),
+        ("not toml", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(toml: Path, text: str, says: str) -> None:
+    toml.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        Settings.load(config=toml, environ={})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("STOP_GRACE", "x"),
+        ("UID_RANGES", "5"),
+        ("UID_RANGES", "a-b"),
+        ("DEFAULT_LIMITS", "memory_max"),
+        ("ON_CRASH", ""),
+    ],
+)
+def test_the_environment_is_named_when_it_is_wrong(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=name if name != "ON_CRASH" else "on_crash"):
+        Settings.load(environ={f"PACTOWN_{name}": value})
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(ConfigError, match="colour") as caught:
+        Settings.load(environ={}, colour="red")
+    assert "stop_grace" in (caught.value.remedy or "")
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_a_file_that_is_named_has_to_be_there(tmp_path: Path, how: str) -> None:
+    missing = tmp_path / "missing.toml"
+    given: dict[str, Any] = {"config": missing} if how == "argument" else {}
+    with pytest.raises(ConfigError, match="does not exist"):
+        Settings.load(environ={} if given else {"PACTOWN_CONFIG": str(missing)}, **given)
+
+
+def test_a_users_base_of_its_own_keeps_its_state() -> None:
+    settings = Settings.load(environ={}, users_base=Path("/srv/users"))
+    assert settings.state_dir == Path("/srv/users/.state")
+    assert (settings.log_dir, settings.run_dir) == (Path("/srv/users/.state/log"), Path("/srv/users/.state/run"))
+    assert Settings.load(environ={}, users_base=Path("/srv/users"), log_dir=Path("/l")).log_dir == Path("/l")
+
+
+@pytest.mark.usefixtures("as_user")
+def test_without_root_what_cannot_be_written_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pactown_runner.config._writable", lambda path: path == Path("/var/log/pactown"))
+    settings = Settings.load(environ={"HOME": "/home/me", "XDG_RUNTIME_DIR": "/run/user/1000"})
+    assert not settings.root_mode
+    assert settings.users_base == Path("/home/me/.local/share/pactown/users")
+    assert settings.state_dir == Path("/home/me/.local/state/pactown")
+    assert settings.run_dir == Path("/run/user/1000/pactown")
+    assert settings.log_dir == Path("/var/log/pactown")
+    settings = Settings.load(environ={"HOME": "/home/me", "XDG_STATE_HOME": "/s", "XDG_DATA_HOME": "/d"})
+    assert (settings.users_base, settings.state_dir) == (Path("/d/pactown/users"), Path("/s/pactown"))
+    assert settings.run_dir == Path("/s/pactown/pactown")
+
+
+@pytest.mark.usefixtures("as_user")
+def test_a_directory_that_cannot_be_looked_into_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert Settings.load(environ={"HOME": "/home/me"}).stop_grace == 10
