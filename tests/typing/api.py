@@ -98,6 +98,6 @@ def errors(error: RunnerError) -> tuple[str, str, str | None]:
 def what_is_refused() -> None:
     SandboxSpec(user_id="a", service_id="b", command=["c"], namespaces=frozenset({"net"}))
     SandboxSpec(user_id="a", service_id="b", command=["c"], namespaces=frozenset({"pid"}))  # type: ignore[arg-type]
-    SandboxSpec("a", "b", ["c"])  # type: ignore[misc]
+    SandboxSpec("a", "b", ["c"])  # type: ignore[call-arg]
     Supervisor(role="master")  # type: ignore[arg-type]
     Settings(on_crash="panic")  # type: ignore[arg-type]
