@@ -30,7 +30,7 @@ import anyio
 from cgroups import Cgroup, CgroupError, ExistsError, GoneError, Limits, Stats
 
 from .database import BusyError
-from .errors import NotFoundError, RunnerError, SpecError, StartError, StateError
+from .errors import AccountError, NotFoundError, RunnerError, SpecError, StartError, StateError
 from .exits import reap, reap_foreign
 from .host import Host
 from .launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_async
@@ -354,8 +354,8 @@ class Sandbox:
                 return False
             host.users.verify(user)
             self._take_for(user, host.quick)
-        except (BusyError, NotFoundError):
-            # Not found: the user was removed meanwhile. The long way makes it anew.
+        except (AccountError, BusyError, NotFoundError):
+            # Perhaps the user was removed meanwhile. The long way makes it anew, or says what is wrong.
             return False
         return True
 

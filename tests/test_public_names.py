@@ -67,11 +67,11 @@ def test_errors_have_codes_of_their_own() -> None:
     assert len({one.code for one in classes}) == len(classes)
     error = errors.StateError("cannot stop", remedy="start first")
     assert (str(error), error.message, error.remedy) == (
-        "cannot do it (do that first)",
-        "cannot do it",
-        "do that first",
+        "cannot stop (start first)",
+        "cannot stop",
+        "start first",
     )
-    assert str(errors.StateError("cannot do it")) == "cannot do it"
+    assert str(errors.StateError("cannot stop")) == "cannot stop"
 
 
 def test_importing_has_no_effect(tmp_path: Path) -> None:
