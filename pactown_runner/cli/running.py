@@ -145,12 +145,14 @@ class _Run:
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
+        # What we were started to ignore stays ignored: nohup(1), and shells that start a job in the background.
+        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        for number in heard:
             loop.add_signal_handler(number, self._interrupt, number)
         try:
             yield
         finally:
-            for number in _SIGNALS:
+            for number in heard:
                 loop.remove_signal_handler(number)
 
     def _interrupt(self, number: int) -> None:

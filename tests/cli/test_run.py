@@ -187,6 +187,21 @@ def test_signal_stops_in_order(start: Start, nothing_runs: NothingRuns, number: 
     nothing_runs()
 
 
+def test_ignored_signal_stays_ignored(start: Start, nothing_runs: NothingRuns) -> None:
+    words = run_words("sh", "-c", "echo ready; read line; echo $line")
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731  # as nohup does
+    process = start(words[0], "-i", *words[1:], stdin=subprocess.PIPE, preexec_fn=ignore)
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGHUP)
+    process.stdin.write(b"alive\n")
+    process.stdin.close()
+    assert process.stdout.readline() == b"alive\n"
+    assert process.wait(SECONDS) == 0
+    nothing_runs()
+
+
 def test_second_signal_kills_at_once(start: Start, nothing_runs: NothingRuns) -> None:
     process = start("run", "--user", USER, "--grace", "1000", "--", "sh", "-c", LOOP)
     assert process.stdout is not None
