@@ -1,10 +1,10 @@
 """Jobs: helper programs that run as a tenant, in a leaf `_job-<n>.scope` of the tenant's slice. Synchronous.
 
 A job is claimed in the registry as a one-shot run, so that whatever a dead owner left of it is ended by the next one.
-It is a tenant's process: the tenant's others have its uid, and may stop it, trace it, or open its end of a pipe (in
-/proc/PID/fd) and keep it open. So what it says is as much the tenant's word as the files are, and nothing here waits
-for it without end: its pipes are watched together with the process itself, and a watchdog kills the whole scope when
-its time is up.
+It is a tenant's process: the tenant's others have its uid, and may stop it, trace it, or take a copy of its end of a
+pipe (pidfd_getfd(2)) and keep that open. So what it says is as much the tenant's word as the files are, and nothing
+here waits for it without end: its pipes are watched together with the process itself, and a watchdog kills the whole
+scope when its time is up.
 """
 
 from __future__ import annotations
@@ -343,10 +343,9 @@ def _scope(host: Host, user: IsolatedUser) -> Iterator[Cgroup]:
 
 def _empty(scope: Cgroup) -> None:
     try:
-        scope.kill()
-        scope.wait_empty(END_TIMEOUT)
-        scope.remove()
-    except GoneError:
-        pass
+        with contextlib.suppress(GoneError):
+            scope.kill()
+            scope.wait_empty(END_TIMEOUT)
+            scope.remove()
     except CgroupError as error:
         raise StateError(f"a job could not be ended: {error.message}", remedy=error.remedy) from error

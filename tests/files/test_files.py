@@ -5,59 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from cgroups import Limits
 from pactown_runner.config import Settings
-from pactown_runner.errors import FilesError, NotFoundError, SpecError
+from pactown_runner.errors import FilesError, LimitsError, NotFoundError, SpecError
 from pactown_runner.homes import SandboxFiles, Transfer
 from pactown_runner.supervisor import Supervisor
-from tests import hostsweep
-
-if TYPE_CHECKING:
-    from tests.hostguard import Run
+from tests.files.helpers import SERVICE, USER, contents
 
 pytestmark = pytest.mark.host
 
-USER, OTHER, SERVICE = "auth0|files", "auth0|other", "api"
 ODD_NAMES = (
     "-rf", "a\\tb", "a\nb", "ü", "*", "'\"$(id)`id`;", " ", "@LongLink", "x" * 200, os.fsdecode(b"\xff\xfe raw"),
 )  # fmt: skip
-
-
-@pytest.fixture
-def settings(users_base: Path, slice_name: str, test_run: Run) -> Settings:
-    state = users_base.with_name(users_base.name + "-state")
-    return Settings(
-        users_base=users_base,
-        state_dir=state,
-        log_dir=state / "log",
-        run_dir=state / "run",
-        cgroup_slice=slice_name,
-        uid_ranges=(test_run.uids,),
-    )
-
-
-@pytest.fixture
-async def supervisor(settings: Settings) -> AsyncIterator[Supervisor]:
-    async with Supervisor(settings=settings) as supervisor:
-        yield supervisor
-    _remove_accounts(settings)
-
-
-@pytest.fixture
-def files(supervisor: Supervisor) -> SandboxFiles:
-    return supervisor.files
-
-
-def _remove_accounts(settings: Settings) -> None:
-    first, last = settings.uid_ranges[0]
-    for leak in hostsweep.accounts(hostsweep.Claim("none", first, last)):
-        leak.remove()
 
 
 def make_tree(top: Path) -> None:
@@ -82,16 +46,6 @@ def make_tree(top: Path) -> None:
         deep /= f"a folder whose name is rather long {number}"
         deep.mkdir()
     (deep / "leaf").write_text("deep")
-
-
-def contents(top: Path) -> dict[str, bytes | None]:
-    found: dict[str, bytes | None] = {}
-    for folder, names, files in os.walk(top):
-        for name in names + files:
-            path = Path(folder, name)
-            if not path.is_symlink():
-                found[str(path.relative_to(top))] = path.read_bytes() if path.is_file() else None
-    return found
 
 
 async def home_of(supervisor: Supervisor, user_id: str = USER) -> Path:
@@ -272,7 +226,7 @@ async def test_a_put_that_fails_leaves_no_part_of_a_file(
 
 
 async def test_a_cancelled_put_has_ended_and_leaves_nothing(
-    supervisor: Supervisor, files: SandboxFiles, tmp_path: Path, settings: Settings
+    supervisor: Supervisor, files: SandboxFiles, tmp_path: Path
 ) -> None:
     with (tmp_path / "f").open("wb") as file:
         file.truncate(8 << 30)
@@ -289,20 +243,13 @@ async def test_a_cancelled_put_has_ended_and_leaves_nothing(
         await task
     inside = await home_of(supervisor) / "sandboxes" / SERVICE
     assert list(inside.iterdir()) == []
-    assert list(hostsweep.cgroup_dirs(lambda name: name.startswith("_job-"))) == []
 
 
 async def test_default_limits_hold_for_jobs_too(settings: Settings) -> None:
-    """They cannot be enforced here, and so nothing is moved."""
-    from dataclasses import replace  # noqa: PLC0415
-
-    from pactown_runner.errors import LimitsError  # noqa: PLC0415
-
     async with Supervisor(settings=replace(settings, default_limits=Limits(memory_max="64M"))) as supervisor:
-        controllers = (supervisor._host.tree.root.path / "cgroup.controllers").read_text() if supervisor._host else ""
-        if "memory" in controllers:
+        assert supervisor._host is not None
+        if "memory" in supervisor._host.tree.root.controllers():
             await supervisor.files.put(USER, SERVICE, b"x", "x")
         else:
             with pytest.raises(LimitsError):
                 await supervisor.files.put(USER, SERVICE, b"x", "x")
-    _remove_accounts(settings)
