@@ -29,7 +29,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("try: pip install 'pactown-runner[cli]'", file=sys.stderr)
         return _USAGE_ERROR
 
-    from .app import make_app  # noqa: PLC0415 - it needs typer
+    from .messages import NO_READER, drop_output  # noqa: PLC0415 - it needs typer
+
+    try:
+        status = _run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        return NO_READER
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _run(words: list[str]) -> int:
+    from .app import make_app  # noqa: PLC0415
     from .messages import Ended  # noqa: PLC0415
 
     try:
@@ -40,6 +54,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A program that is run may well end with 2 itself: its caller has to be able to tell.
         is_misuse = end.code == _USAGE_ERROR and words[:1] == ["run"]
         return _RUN_FAILED if is_misuse else end.code if isinstance(end.code, int) else int(end.code is not None)
-    except KeyboardInterrupt:
-        return 130
     return 0

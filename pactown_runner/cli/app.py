@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from . import doctor, logs, purge, run
+from . import doctor, files, logs, purge, run
 
 __all__ = ["make_app"]
 
-_COMMANDS = (run, logs, doctor, purge)
+_COMMANDS = (run, logs, files, doctor, purge)
 """Each adds itself with `register(app)`; the help lists them in this order."""
 
 

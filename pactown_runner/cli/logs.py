@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .messages import Ended, errors_told
+from .messages import errors_told
 from .options import Config, Raw, UsersBase, load_settings
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def logs(
         import asyncio  # noqa: PLC0415
 
         path = _log_of(load_settings(users_base, config), user, service)
-        raise Ended(asyncio.run(_show(path, lines, raw=raw)))
+        asyncio.run(_show(path, lines, raw=raw))
 
 
 def _log_of(settings: Settings, user_id: str, service_id: str) -> str:
@@ -66,12 +66,8 @@ def _log_of(settings: Settings, user_id: str, service_id: str) -> str:
     return path
 
 
-async def _show(path: str, lines: int | None, *, raw: bool) -> int:
+async def _show(path: str, lines: int | None, *, raw: bool) -> None:
     from ..logs import read_log  # noqa: PLC0415
     from .output import Output, relay  # noqa: PLC0415
 
-    try:
-        await relay(read_log(path, tail=lines), Output({"stdout": 1, "stderr": 2}, raw=raw))
-    except BrokenPipeError:
-        return 141
-    return 0
+    await relay(read_log(path, tail=lines), Output({"stdout": 1, "stderr": 2}, raw=raw))

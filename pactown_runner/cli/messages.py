@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,7 +17,10 @@ from cgroups import CgroupError
 from ..errors import RunnerError
 from .visible import visible
 
-__all__ = ["Ended", "errors_told", "say", "write_json"]
+__all__ = ["NO_READER", "Ended", "drop_output", "errors_told", "say", "write_json"]
+
+NO_READER = 128 + signal.SIGPIPE
+"""The exit code of a program whose output nobody reads any more."""
 
 
 class Ended(BaseException):
@@ -45,6 +49,9 @@ def errors_told(status: int, *, as_json: bool) -> Iterator[None]:
     except (RunnerError, CgroupError) as error:
         code = error.code if isinstance(error, RunnerError) else "cgroup"
         _tell(code, error.message, error.remedy, as_json=as_json)
+    except BrokenPipeError:
+        drop_output()
+        raise Ended(NO_READER) from None
     except KeyboardInterrupt:
         raise Ended(130) from None
     except OSError as error:
@@ -68,17 +75,17 @@ def write_json(document: Any) -> None:
     """Write one JSON document to standard output.
 
     Raises:
-        Ended: the reader has gone away.
+        BrokenPipeError: the reader has gone away.
     """
     text = json.dumps(document, indent=2 if sys.stdout.isatty() else None, default=str) + "\n"
-    try:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        # Or the interpreter would complain when it flushes what is left at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise Ended(141) from None
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
+    sys.stdout.buffer.flush()
+
+
+def drop_output() -> None:
+    """Send what is left of our own output nowhere, or the interpreter would complain when it flushes it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
 
 
 def _tell(code: str, message: str, remedy: str | None, *, as_json: bool) -> None:

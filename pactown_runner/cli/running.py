@@ -21,7 +21,7 @@ from ..errors import RunnerError, StateError
 from ..models import Outcome, SandboxSpec
 from ..sandbox import Sandbox
 from ..supervisor import Supervisor
-from .messages import say
+from .messages import NO_READER, say
 from .output import Output, relay
 
 __all__ = ["RunEnd", "exit_code", "run_to_end"]
@@ -32,7 +32,6 @@ LAST_WORDS_SECONDS = 1.0
 READ_BYTES = 1 << 16
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_NO_READER = 128 + signal.SIGPIPE
 
 
 class RunEnd(NamedTuple):
@@ -102,7 +101,7 @@ class _Run:
                     await asyncio.wait(self._stopping)
         if outcome.reason not in ("exited", "signaled", "stopped"):
             say(f"pactown-runner: {outcome.message}")
-        status = _NO_READER if self._unread else exit_code(outcome, self._signal)
+        status = NO_READER if self._unread else exit_code(outcome, self._signal)
         document = {
             "service": sandbox.service_id,
             "outcome": outcome.to_dict(),

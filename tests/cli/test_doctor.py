@@ -248,3 +248,14 @@ def test_text_is_plain_in_a_pipe_and_coloured_on_a_terminal(cli: Cli, start: Sta
     assert b"kernel" in shown
     if os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown"):
         assert b"\x1b[" in shown
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("words", [["doctor"], ["doctor", "--json"]])
+def test_reader_who_went_away_is_no_error(start: Start, words: list[str]) -> None:
+    process = start(*words)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr is not None
+    assert process.stderr.read() == b""

@@ -38,11 +38,11 @@ def test_version() -> None:
 def test_help_lists_the_commands() -> None:
     done = _run(*COMMAND, "--help")
     assert done.returncode == 0
-    for name in ("run", "logs", "doctor", "purge"):
+    for name in ("run", "logs", "put", "get", "doctor", "purge"):
         assert f" {name} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "logs", "doctor", "purge"])
+@pytest.mark.parametrize("command", ["run", "logs", "put", "get", "doctor", "purge"])
 def test_each_command_has_help(command: str) -> None:
     done = _run(*COMMAND, command, "-h")
     assert done.returncode == 0
