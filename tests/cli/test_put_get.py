@@ -1,0 +1,56 @@
+"""`put` and `get`: a client of `SandboxFiles`, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import USER, Cli, Start
+
+pytestmark = pytest.mark.host
+
+
+def test_there_and_back(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "source/sub").mkdir(parents=True)
+    (tmp_path / "source/sub/a").write_text("content")
+    (tmp_path / "source/link").symlink_to("sub/a")
+    put = cli("put", USER, "api", str(tmp_path / "source"), "src", "--json")
+    assert json.loads(put.stdout) == {"files": 1, "bytes": 7, "skipped": [], "warnings": ""}
+    got = cli("get", USER, "api", "src", str(tmp_path / "back"))
+    assert (got.returncode, got.stdout) == (0, b"")
+    assert got.stderr == b"left out, neither file nor folder: link\ngot 1 file, 7 bytes\n"
+    assert (tmp_path / "back/sub/a").read_text() == "content"
+    assert cli("get", USER, "api", "src/sub/a", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "a").read_text() == "content"
+
+
+def test_errors(cli: Cli, tmp_path: Path) -> None:
+    missing = cli("get", USER, "api", "x", str(tmp_path / "x"), "--json")
+    assert missing.returncode == 1
+    assert json.loads(missing.stdout)["error"]["code"] == "not-found"
+    refused = cli("put", USER, "api", str(tmp_path), "../x")
+    assert refused.returncode == 1
+    assert b"is not a path within a sandbox's directory" in refused.stderr
+    assert b"Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_get_leaves_nothing(cli: Cli, start: Start, tmp_path: Path, number: signal.Signals) -> None:
+    source = tmp_path / "source"
+    with source.open("wb") as file:
+        file.truncate(1 << 29)
+    assert cli("put", USER, "api", str(source), "big").returncode == 0
+    out = tmp_path / "out"
+    out.mkdir()
+    getting = start("get", USER, "api", "big", str(out / "big"))
+    while not list(out.glob(".pactown-get-*/content")):
+        os.sched_yield()
+        assert getting.poll() is None
+    getting.send_signal(number)
+    getting.communicate()
+    assert getting.returncode == 128 + number
+    assert list(out.iterdir()) == []
