@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -77,9 +76,14 @@ def _confirm(*, yes: bool, as_json: bool) -> None:
 
     if yes:
         return
-    if as_json or not sys.stdin.isatty():
-        raise StateError("nobody is there to be asked", remedy="give --yes")
-    if not typer.confirm("Remove all of it?"):
+    nobody = StateError("nobody is there to be asked", remedy="give --yes")
+    if as_json:
+        raise nobody
+    try:
+        agreed = typer.confirm("Remove all of it?")
+    except typer.Abort:  # end of file
+        raise nobody from None
+    if not agreed:
         say("nothing was removed")
         raise Ended(1)
 

@@ -56,8 +56,12 @@ def test_it_asks_first(cli: Cli, settings: Settings) -> None:
         done = cli(*words)
         assert done.returncode == 1
         assert b"give --yes" in done.stdout + done.stderr
+    refused = cli("purge", input=b"n\n")
+    assert (refused.returncode, refused.stderr) == (1, b"nothing was removed\n")
     assert (settings.state_dir / "registry.db").exists()
     assert len(list(settings.users_base.glob("pactown_*"))) == 1
+    assert cli("purge", input=b"y\n").returncode == 0
+    assert not settings.users_base.exists()
 
 
 def test_live_owner_is_respected(cli: Cli, start: Start, settings: Settings, test_run: Run) -> None:
