@@ -44,16 +44,17 @@ _MARK = "pactown.state"  # what `trees` writes onto each slice and scope
 _OWNER_ID = re.compile(r"[0-9a-f]{16}")
 _Matches = Callable[[str], bool]
 
-_EMPTY = """\
+_EMPTY_HOME = """\
 find . -xdev -type d ! -perm -700 -exec chmod u+rwx {} ';'
-find . -xdev -mindepth 1 -delete
-status=$?
+exec find . -xdev -mindepth 1 -delete"""
+"""Run as the tenant, in its home."""
+
+_CLEAR_PUBLIC = """\
 for place in /tmp /var/tmp /dev/shm /dev/mqueue; do
     find "$place" -xdev -depth -mindepth 1 -user "$1" -delete
 done
-ipcrm --all
-exit $status"""
-"""Run as the tenant: its home, then what it left in public places. It can remove no more than the tenant may."""
+ipcrm --all"""
+"""Run as the tenant: what it left in public places. It can remove no more than the tenant may."""
 
 
 @dataclass(frozen=True)
@@ -243,8 +244,15 @@ class Purge:
             os.close(base)
 
     def _empty_home(self, tree: Tree | None, user: IsolatedUser) -> None:
+        self._as_tenant(tree, user, _EMPTY_HOME)
+        # Without root the tenant's uid is the caller's own: what is the caller's in public places is not the tenant's.
+        if self.settings.root_mode:
+            self._as_tenant(tree, user, _CLEAR_PUBLIC)
+
+    def _as_tenant(self, tree: Tree | None, user: IsolatedUser, script: str) -> None:
+        """Run a script in the tenant's home. What it could not do shows when the home is not empty."""
         spec = LaunchSpec(
-            argv=["/bin/sh", "-c", _EMPTY, "purge", str(user.linux_uid)],
+            argv=["/bin/sh", "-c", script, "purge", str(user.linux_uid)],
             mode="root" if self.settings.root_mode else "user",
             uid=user.linux_uid,
             gid=user.linux_gid,
