@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import shutil
 import signal
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +17,7 @@ import pytest
 
 from pactown_runner import Settings
 from tests import hostsweep
-from tests.cli.conftest import USER, Cli, Start, run_words
+from tests.cli.conftest import ROOT, USER, Cli, Start, run_words
 
 if TYPE_CHECKING:
     from tests.hostguard import Run
@@ -123,3 +127,42 @@ def test_foreign_files_are_left_alone(cli: Cli, settings: Settings) -> None:
     mine.touch()
     assert cli("purge", "--yes").returncode == 0
     assert os.listdir(settings.users_base) == ["operators-own"]
+
+
+_WITHOUT_ROOT = """
+import json, os, pathlib, sys
+import pactown_runner.purge, encodings.idna
+from pactown_runner import Settings
+from pactown_runner.registry import Registry
+from pactown_runner.users import Users
+base, uid, kept = pathlib.Path(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+os.setgroups([]); os.setresgid(uid, uid, uid); os.setresuid(uid, uid, uid)
+settings = Settings(users_base=base, state_dir=base / ".state", log_dir=base / ".log", run_dir=base / ".run")
+with Registry(settings.state_dir / "registry.db") as registry:
+    home = Users(settings, registry).get_or_create("demo").home_dir
+(home / "file").touch()
+kept.touch()
+with pactown_runner.purge.Purge(settings) as work:
+    work.carry_out(work.plan())
+print(json.dumps([work.failed, home.exists(), base.exists(), kept.exists()]))
+"""
+
+
+def test_without_root_the_callers_own_files_stay(test_run: Run) -> None:
+    uid = test_run.uids[1]
+    place = test_run.directory / "plain"
+    place.mkdir()
+    for name in ("pactown_runner", "cgroups"):
+        shutil.copytree(ROOT / name, place / "lib" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    os.chown(place, uid, uid)
+    kept = Path("/tmp", f"{test_run.name}-kept")
+    # The interpreter is started as root and becomes the user: its own files may lie where a user cannot go.
+    source = f"import sys; sys.path[:0] = [{str(place / 'lib')!r}, {sysconfig.get_path('purelib')!r}]\n{_WITHOUT_ROOT}"
+    words = [sys.executable, "-c", source, str(place / "users"), str(uid), str(kept)]
+    try:
+        done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == [{}, False, False, True]
+    finally:
+        kept.unlink(missing_ok=True)
+        hostsweep.remove_file(place)
