@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 import anyio
 
+from ..errors import FilesError
 from ..host import Host
 from ..jobs import JOB_TIMEOUT, Stop
 from ..models import check_service_id, check_user_id
@@ -35,6 +36,7 @@ MAX_GET_ENTRIES = 200_000
 MAX_READ_BYTES = 16 << 20
 
 _CANCEL_INTERVAL = 0.5
+_ENDING = "the supervisor ends"
 
 
 class SandboxFiles:
@@ -55,6 +57,7 @@ class SandboxFiles:
         self._threads = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="pactown-files")
         self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._stops: set[Stop] = set()
+        self._closed = False
 
     async def put(
         self,
@@ -140,6 +143,7 @@ class SandboxFiles:
 
     def close(self) -> None:
         """End what is under way; blocks until that has come about."""
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         over = threading.Event()
 
@@ -156,7 +160,7 @@ class SandboxFiles:
 
     def _end_all(self) -> None:
         for stop in list(self._stops):
-            stop.now("the supervisor ends")
+            stop.now(_ENDING)
 
     async def _run(self, user_id: str, work: Callable[[Stop], T]) -> T:
         """Do this in a thread of ours when it is the tenant's turn; cancelled, end it first."""
@@ -166,6 +170,8 @@ class SandboxFiles:
         # The dictionary holds it only for as long as somebody here does.
         turn = self._turns.setdefault(user_id, asyncio.Semaphore(TRANSFERS_A_TENANT))
         async with turn:
+            if self._closed:
+                raise FilesError(f"given up: {_ENDING}")
             future = self._threads.submit(work, stop)
             self._stops.add(stop)
             future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
@@ -180,4 +186,6 @@ class SandboxFiles:
                 raise
             finally:
                 self._stops.discard(stop)
+            if future.cancelled():  # by `close`, before its turn came
+                raise FilesError(f"given up: {_ENDING}")
             return future.result()
