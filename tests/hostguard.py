@@ -88,7 +88,7 @@ def _try_lock(slot: int) -> int | None:
     The lock is fcntl(2)'s, which no child inherits: a test's stray child must not keep a dead run's slot.
     """
     path = _lock_dir() / str(slot)
-    while True:
+    for _ in range(1000):
         path.parent.mkdir(mode=0o700, exist_ok=True)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -105,6 +105,7 @@ def _try_lock(slot: int) -> int | None:
         if os.path.exists(path) and os.path.samestat(os.fstat(fd), path.stat()):
             return fd
         os.close(fd)
+    raise pytest.UsageError(f"{path} vanishes each time it is made: is {path.parent} a mount of what was removed?")
 
 
 def _unlock(slot: int, fd: int) -> None:
