@@ -35,10 +35,11 @@ from .exits import reap, reap_foreign
 from .host import Host
 from .launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_async
 from .logs import LogError, LogPaths, LogPump, read_log
+from .main_process import Main
 from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, Reason, SandboxSpec, State
 from .outcomes import ExitStatus, outcome_of
 from .registry import Kind, Registry, SandboxRow
-from .trees import Main, slice_name
+from .trees import slice_name
 
 __all__ = ["Host", "Sandbox", "tenant_environment"]
 

@@ -8,15 +8,10 @@ children takes no process itself (Documentation/admin-guide/cgroup-v2.rst, "No I
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Self
+from dataclasses import dataclass
 
 from cgroups import (
     BusyError,
@@ -24,32 +19,18 @@ from cgroups import (
     CgroupError,
     GoneError,
     Limits,
-    Mount,
-    delegated,
-    find_mount,
-    own_directory,
 )
 
 from .errors import LimitsError, TreeError
-from .models import IsolationReport
+from .places import enable_wanted, find_place
 
-__all__ = ["Main", "Scope", "Tree", "apply_limits", "open_tree", "slice_name"]
+__all__ = ["Scope", "Tree", "apply_limits", "open_tree", "slice_name"]
 
-_WANTED = frozenset({"cpu", "io", "memory", "pids"})
-"""Always enabled: each limits, and counts for every `Outcome`."""
 _ON_DEMAND = frozenset({"cpuset"})
 """Enabled with the first limit that needs it: it counts nothing, and its global lock makes starts in cgroups slower."""
 
-_STATE, _RUN, _MAIN = "pactown.state", "pactown.run", "pactown.main"
-_KEEPER = "_keeper.scope"
+_STATE, _RUN = "pactown.state", "pactown.run"
 _TRIES = 10
-
-_KEEP = f"""\
-cg=$1$(sed -n s/^0:://p /proc/self/cgroup)
-mkdir -p "$cg/{_KEEPER}" && echo 0 >"$cg/{_KEEPER}/cgroup.procs" && systemd-notify --ready && exec sleep infinity"""
-"""Runs in the delegated unit: its only process steps aside into a leaf, since the unit's own cgroup enables controllers
-(from version 254 on systemd's `DelegateSubgroup=` does the same; Debian 12 has 252). A shell does it, so that nothing
-of this package has to stay installed for as long as the unit runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,68 +40,6 @@ class Scope:
     slice_name: str
     name: str
     run_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Main:
-    """A scope's first process, written onto the cgroup for a successor: it lasts exactly as long as what it names.
-
-    Attributes:
-        pid: its number, and...
-        start_time: ...when it started, in clock ticks since boot (`proc_pid_stat(5)`, field 22): the two name it.
-        isolation: what was reported when it started.
-    """
-
-    pid: int
-    start_time: int
-    isolation: IsolationReport
-
-    @classmethod
-    def of(cls, pid: int, isolation: IsolationReport) -> Self:
-        """Describe a process that is not yet reaped."""
-        return cls(pid, _start_time(pid), isolation)
-
-    def mark(self, scope: Cgroup) -> None:
-        """Write it onto the scope."""
-        scope.mark(_MAIN, json.dumps([self.pid, self.start_time, self.isolation.to_dict()]).encode())
-
-    @classmethod
-    def update(cls, scope: Cgroup, isolation: IsolationReport) -> None:
-        """Write a changed report onto the scope."""
-        if (main := cls.read(scope)) is not None:
-            replace(main, isolation=isolation).mark(scope)
-
-    @classmethod
-    def read(cls, scope: Cgroup) -> Self | None:
-        """Read it from the scope, if it is there."""
-        if (raw := scope.marks(_MAIN)) is None:
-            return None
-        pid, start_time, isolation = json.loads(raw)
-        return cls(pid, start_time, IsolationReport.from_dict(isolation))
-
-    def pidfd(self) -> int | None:
-        """A descriptor of this very process, or None if it has been reaped."""
-        try:
-            fd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return None
-        # Only now is it known whose descriptor that is.
-        try:
-            if _start_time(self.pid) == self.start_time:
-                return fd
-        except ProcessLookupError:
-            pass
-        os.close(fd)
-        return None
-
-
-def _start_time(pid: int) -> int:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except FileNotFoundError as error:
-        raise ProcessLookupError(pid) from error
-    # The name, in parentheses, may itself hold spaces and parentheses.
-    return int(stat.rpartition(b")")[2].split()[19])
 
 
 class Tree:
@@ -263,7 +182,7 @@ class Tree:
                 )
             if owner is None:
                 group.mark(_STATE, self._state_id)
-            _enable_wanted(group)
+            enable_wanted(group)
             if self._tenant_limits.cpuset_cpus is not None:
                 with _translated():
                     self.root.enable(_ON_DEMAND)
@@ -304,109 +223,17 @@ def _translated() -> Iterator[None]:
 
 
 def open_tree(*, cgroup_slice: str, state_id: str, tenant_limits: Limits) -> Tree:
-    """Find the place for sandboxes on this host, and make it if it is not there.
-
-    As root under systemd that is a delegated unit, as root elsewhere a cgroup at the top of the mount, and for other
-    users their own delegated cgroup.
+    """Open the tree of this state, see `find_place`.
 
     Raises:
         TreeError: there is no cgroup v2 mount, or no place in it that this process may use.
     """
     try:
-        mount = find_mount()
-        if os.geteuid() != 0:
-            root = _in_own_cgroup(mount, cgroup_slice)
-        elif Path("/run/systemd/system").is_dir() and not mount.hybrid:
-            root = _in_delegated_unit(mount, cgroup_slice)
-        else:
-            root = _at_top(mount, cgroup_slice)
-        _enable_wanted(root)
+        root = find_place(cgroup_slice)
     except (CgroupError, OSError) as error:
         remedy = error.remedy if isinstance(error, CgroupError) else None
         raise TreeError(f"no place for sandboxes in the cgroup tree: {error}", remedy=remedy) from error
     return Tree(root, state_id, tenant_limits)
-
-
-def _at_top(mount: Mount, cgroup_slice: str) -> Cgroup:
-    with Cgroup.open(mount.path) as top:
-        return _below(top, cgroup_slice)
-
-
-def _in_own_cgroup(mount: Mount, cgroup_slice: str) -> Cgroup:
-    own = Path(own_directory(mount))
-    if own.name == _KEEPER:
-        own = own.parent
-    if not delegated(own):
-        raise TreeError(
-            f"this process's cgroup {own} is not delegated to it",
-            remedy="start it with: systemd-run --user --scope -p Delegate=yes COMMAND",
-        )
-    with Cgroup.open(own) as group:
-        return _below(group, cgroup_slice)
-
-
-def _below(group: Cgroup, cgroup_slice: str) -> Cgroup:
-    if _WANTED & group.controllers() - group.enabled():
-        _step_aside(group)
-        _enable_wanted(group)
-    return group.child(cgroup_slice, create=True, exist_ok=True)
-
-
-def _step_aside(group: Cgroup) -> None:
-    """Move this process into a leaf, if it sits in `group`: else no controller can be enabled there."""
-    # Only the real top of the hierarchy has no `cgroup.type`, and is exempt from the rule; a container's top has one.
-    if os.path.exists(f"{group.path}/cgroup.type") and os.getpid() in group.pids():
-        with group.child(_KEEPER, create=True, exist_ok=True) as leaf:
-            leaf.move_here(os.getpid())
-
-
-def _in_delegated_unit(mount: Mount, cgroup_slice: str) -> Cgroup:
-    # The unit holds the tree apart from any supervisor: systemd cannot restart a unit that has live cgroups in it.
-    unit = f"{cgroup_slice.removesuffix('.slice')}-sandboxes.service"
-    path = _control_group(unit)
-    if path is None:
-        _start_unit(unit, cgroup_slice, mount)
-        path = _control_group(unit)
-    if path is None:
-        raise TreeError(f"systemd started {unit}, and it ended at once", remedy=f"journalctl --unit={unit}")
-    return Cgroup.open(mount.directory(PurePosixPath(path)))
-
-
-def _control_group(unit: str) -> str | None:
-    """Where a unit is in the tree, or None if it does not run."""
-    return _systemd("systemctl", "show", "--property=ControlGroup", "--value", unit).strip() or None
-
-
-def _start_unit(unit: str, cgroup_slice: str, mount: Mount) -> None:
-    # Two at once: the second finds the unit there. A unit that failed is collected, so that its name is free again.
-    properties = ("Type=notify", "NotifyAccess=all", "Delegate=yes", "OOMPolicy=continue", "TasksMax=infinity")
-    with suppress(TreeError):
-        _systemd(
-            "systemd-run",
-            "--quiet",
-            "--collect",
-            f"--unit={unit}",
-            f"--slice={cgroup_slice}",
-            "--description=Sandboxes of pactown-runner",
-            *(f"--property={text}" for text in properties),
-            *("/bin/sh", "-c", _KEEP, "keep", str(mount.path)),
-        )
-        return
-    if _control_group(unit) is None:
-        raise TreeError(f"systemd did not start {unit}", remedy=f"systemctl status {unit}")
-
-
-def _systemd(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise TreeError(f"{command[0]} failed: {done.stderr.strip()}")
-    return done.stdout
-
-
-def _enable_wanted(group: Cgroup) -> None:
-    """Enable what can be enabled. What is missing matters only, and is said, where a limit needs it."""
-    if missing := _WANTED & group.controllers() - group.enabled():
-        group.enable(missing)
 
 
 def _closing(groups: Iterator[Cgroup]) -> Iterator[Cgroup]:

@@ -13,8 +13,9 @@ import pytest
 
 from cgroups import Cgroup, ExistsError, GoneError, Limits, find_mount
 from pactown_runner.errors import LimitsError, TreeError
+from pactown_runner.main_process import Main
 from pactown_runner.models import IsolationReport
-from pactown_runner.trees import Main, Tree, apply_limits, open_tree, slice_name
+from pactown_runner.trees import Tree, apply_limits, open_tree, slice_name
 
 pytestmark = pytest.mark.host
 
