@@ -544,6 +544,26 @@ async def test_too_few_descriptors_are_a_failed_start_and_leave_nothing(
     assert (await soon(supervisor.run(spec(["true"])))).ok
 
 
+async def test_one_that_cannot_be_ended_for_want_of_descriptors_is_not_forgotten(
+    supervisor: Supervisor, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with leaves_nothing(settings):
+        sandbox = await supervisor.start(spec("setsid sleep 1000 & echo ready; sleep 1000"))
+        await line_of(sandbox)
+        # What is open stays open.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            os.kill(sandbox.pid, 9)
+            await eventually(lambda: "cannot end" in caplog.text)
+            assert sandbox.outcome is None
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        outcome = await soon(sandbox.wait())
+        assert (outcome.reason, outcome.signal, outcome.survivors_killed) == ("signaled", 9, 2)
+    assert processes_of(sandbox.user.linux_uid) == {}
+
+
 # ---- Freezing, counters, wrong states
 
 
