@@ -180,7 +180,7 @@ class Supervisor:
         try:
             await sandbox.started()
         except anyio.get_cancelled_exc_class():
-            await _end_abandoned(sandbox)
+            await self._end_abandoned(sandbox)
             raise
         return sandbox
 
@@ -195,7 +195,7 @@ class Supervisor:
         except StartError as error:
             return failed_to_start(error)
         except anyio.get_cancelled_exc_class():
-            await _end_abandoned(sandbox)
+            await self._end_abandoned(sandbox)
             raise
 
     async def start_run(self, spec: SandboxSpec) -> Sandbox:
@@ -204,7 +204,7 @@ class Supervisor:
         try:
             await sandbox.started()
         except anyio.get_cancelled_exc_class():
-            await _end_abandoned(sandbox)
+            await self._end_abandoned(sandbox)
             raise
         return sandbox
 
@@ -268,6 +268,14 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
         return sandbox
 
+    async def _end_abandoned(self, sandbox: Sandbox) -> None:
+        """Whoever waited for it was cancelled, and perhaps is again: nobody else would ever look after it."""
+        stopping = asyncio.create_task(_stop_quietly(sandbox))
+        self._tasks.add(stopping)
+        stopping.add_done_callback(self._tasks.discard)
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([stopping])
+
     def _forget(self, sandbox: Sandbox) -> None:
         del self._sandboxes[sandbox.user_id, sandbox.service_id]
 
@@ -329,9 +337,3 @@ async def _stop_quietly(sandbox: Sandbox) -> None:
         pass
     except Exception as error:
         _log.error("%r could not be stopped in order: %s", sandbox, error)
-
-
-async def _end_abandoned(sandbox: Sandbox) -> None:
-    """Whoever waited for it was cancelled: nobody would ever look after it."""
-    with anyio.CancelScope(shield=True):
-        await _stop_quietly(sandbox)

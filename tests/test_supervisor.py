@@ -34,6 +34,7 @@ from tests.supervising import (
     ROOT,
     USER,
     Start,
+    eventually,
     leaves_nothing,
     leftovers,
     line_of,
@@ -279,6 +280,22 @@ async def test_a_start_that_is_cancelled_leaves_nothing(supervisor: Supervisor, 
             with pytest.raises(asyncio.CancelledError):
                 await soon(running)
             assert supervisor.list() == []
+
+
+async def test_a_start_that_is_cancelled_twice_leaves_nothing(supervisor: Supervisor, settings: Settings) -> None:
+    await supervisor.users.get_or_create(USER)
+    with leaves_nothing(settings):
+        for turns in range(0, 30, 3):
+            starting = asyncio.create_task(supervisor.start(spec(SLEEP, stop_grace=0)))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for _ in range(3):
+                starting.cancel()
+                await asyncio.sleep(0)
+            with contextlib.suppress(asyncio.CancelledError):
+                await soon(starting)
+                await soon(supervisor.stop(USER, "api", grace=0))
+            await eventually(lambda: not supervisor.list())
 
 
 async def test_nothing_starts_while_it_ends(settings: Settings) -> None:
