@@ -17,11 +17,13 @@ setup: ## make .venv and build the launcher (all others do this first)
 run: setup ## run the example: two tenants side by side
 	@$(PY) examples/two_tenants.py
 
-test-kernel: setup ## the tests that need cgroup v2 controllers, in a guest under QEMU
-	@$(PY) scripts/kernel_lane.py $(ARGS)
-
+# Without ARGS, which choose from the tests, also those that need a guest, where one can be had.
 test: check ## check, then every test that this machine can run
 	@$(PY) -m pytest $(ARGS)
+	@$(if $(ARGS),,$(PY) scripts/kernel_lane.py --if-possible)
+
+test-kernel: setup ## the tests that need cgroup v2 controllers, in a guest under QEMU; NATIVE=1: on this host
+	@$(PY) scripts/kernel_lane.py $(if $(NATIVE),--native) -- $(ARGS)
 
 check: lint types layers ## formatting, lint, types and layers
 

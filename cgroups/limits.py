@@ -104,7 +104,7 @@ class Limits:
         cpu_max: cores, such as `0.5` or `"50%"`; at least 0.01.
         cpu_weight: share against siblings when the CPU is contended, 1 to 10000; the kernel's default is 100.
         pids_max: tasks (processes and their threads).
-        cpuset_cpus: the CPUs that it may run on, such as `"0-1,3"`; `""` is what the cgroup above has.
+        cpuset_cpus: the CPUs that it may run on, such as `"0-1,3"`; `""` is those of the cgroup above.
         io_max: by disk, a path such as `/dev/vda` or numbers such as `8:0`, what may go to and from it each second:
             an `IoMax`, a mapping of its fields, or text such as `"wbps=10M riops=500"`. A partition stands for its
             disk. Disks that are not named stay as they are.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import time
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def write_limits(dir_fd: int, limits: Limits) -> dict[str, str]:
             if lowered and line.file == _MAX:
                 _wait_for_room(dir_fd, line)
             written.append(line)
-            files.write(dir_fd, line.file, line.text or "\n")  # the kernel sees no write of 0 bytes
+            _write(dir_fd, line.file, line.text)
             if line.file == _CPUS and line.text:
                 _check_cpus(dir_fd, line)
         return {name: files.read(dir_fd, name).strip() for name in dict.fromkeys(line.file for line in lines)}
@@ -119,6 +120,19 @@ def _former_of_disk(former: str, line: str) -> str:
     disk = line.partition(" ")[0]
     limits = parse_nested(former).get(disk)
     return f"{disk} " + (" ".join(f"{name}={value}" for name, value in limits.items()) if limits else _NO_IO_LIMIT)
+
+
+def _write(dir_fd: int, name: str, text: str) -> None:
+    if name != _CPUS or text:
+        files.write(dir_fd, name, text)
+        return
+    try:
+        files.write(dir_fd, name, "\n")  # the kernel sees no write of 0 bytes
+    except CgroupError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        # A cgroup in use cannot have an empty list again; that of the cgroup above means the same.
+        files.write(dir_fd, name, files.read(dir_fd, "../cpuset.cpus.effective").strip())
 
 
 def _check_cpus(dir_fd: int, line: _Line) -> None:
@@ -181,6 +195,6 @@ def _wait_for_room(dir_fd: int, line: _Line) -> None:
 def _put_back(dir_fd: int, written: list[_Line], error: BaseException) -> None:
     for line in reversed(written):
         try:
-            files.write(dir_fd, line.file, line.former or "\n")
+            _write(dir_fd, line.file, line.former)
         except CgroupError as second:
             error.add_note(f"{line.file} could not be set back to {line.former!r}: {second}")
