@@ -170,7 +170,9 @@ def strangers() -> set[str]:
     }
     found |= {f"file {path}" for path in hostsweep.entries_named("pactown") if not marked(Path(path).name)}
     found |= {
-        f"cgroup {path}" for path in hostsweep.cgroup_dirs(lambda name: name.startswith("pactown") and not marked(name))
+        f"cgroup {path}"
+        for path in hostsweep.cgroup_dirs(lambda name: name.startswith("pactown"))
+        if not marked(path.name)
     }
     return found
 
