@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
@@ -16,6 +18,7 @@ from anyio import to_thread
 
 from .config import Settings
 from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError, TreeError
+from .holdings import Run
 from .homes import SandboxFiles
 from .host import Host
 from .logs import LogHub, LogPaths, read_log
@@ -259,11 +262,12 @@ class Supervisor:
         name = (spec.user_id, spec.service_id)
         if name in self._sandboxes:
             raise AlreadyRunningError(f"service {spec.service_id!r} of user {spec.user_id!r} runs already")
-        return self._watch_over(Sandbox(self._host, spec, kind, self._forget))
+        run = Run(spec, kind, secrets.token_hex(8), time.time())
+        return self._watch_over(Sandbox(self._host, run, self._forget))
 
-    def _watch_over(self, sandbox: Sandbox, found: Found | None = None) -> Sandbox:
+    def _watch_over(self, sandbox: Sandbox, *, found: bool = False) -> Sandbox:
         self._sandboxes[sandbox.user_id, sandbox.service_id] = sandbox
-        task = asyncio.create_task(sandbox.live(found.row if found else None))
+        task = asyncio.create_task(sandbox.live(found=found))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return sandbox
@@ -301,9 +305,9 @@ class Supervisor:
     async def _adopt(self, host: Host, found: Found) -> bool:
         """Go on with a service. False if that cannot be done, and it has to be ended."""
         try:
-            spec = SandboxSpec.from_json(found.row.spec)
-            sandbox = Sandbox(host, spec, "service", self._forget, run_id=found.row.run_id)
-            await self._watch_over(sandbox, found).started()
+            row = found.row
+            run = Run(SandboxSpec.from_json(row.spec), "service", row.run_id, row.created_at)
+            await self._watch_over(Sandbox(host, run, self._forget), found=True).started()
         except Exception as error:
             _log.error("cannot go on with %s, which another supervisor left: %s", found.row.cgroup, error)
             return False

@@ -47,6 +47,7 @@ class Tree:
 
     def __init__(self, root: Cgroup, state_id: str, tenant_limits: Limits) -> None:
         self.root = root
+        self.path = str(root.path)
         self._state_id = state_id.encode()
         self._tenant_limits = tenant_limits
         self._counts_memory = "memory" in root.enabled()

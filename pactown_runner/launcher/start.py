@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeVar
 
 from ..errors import LauncherError, StartError
 from ..models import IsolationReport
+from ..waiting import readable
 from .call import Call, no_launcher
 from .spec import LaunchSpec
 from .status import Launched
@@ -211,7 +212,7 @@ async def _decided(call: Call) -> None:
     # (EPOLLHUP, epoll_ctl(2)), and an epoll descriptor is itself readable when it has something to tell.
     with select.epoll() as end:
         end.register(call.status_fd, 0)
-        await _readable(end.fileno())
+        await readable(end.fileno())
     call.read()
 
 
@@ -230,25 +231,10 @@ async def _abandon(call: Call) -> None:
     with contextlib.suppress(OSError):
         pidfd = os.pidfd_open(pid)
         try:
-            await _readable(pidfd)
+            await readable(pidfd)
         finally:
             os.close(pidfd)
     os.waitpid(pid, 0)  # noqa: ASYNC222 - it has ended
-
-
-async def _readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_reader(fd, wake)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(fd)
 
 
 async def _finish(work: asyncio.Future[T]) -> T:

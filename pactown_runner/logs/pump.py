@@ -28,7 +28,7 @@ from .spool import Spool
 
 __all__ = ["LogPump"]
 
-BACKLOG_BYTES = 4 << 20
+BACKLOG_BYTES = 1 << 19
 """A stream's bytes in the spool that are not in the log yet, beyond which nothing more is taken."""
 TAKE_BYTES = 1 << 18
 """The most that is spliced at once; a FIFO holds 64 KiB unless the tenant enlarged it, to 1 MiB at most."""

@@ -1,0 +1,263 @@
+"""What a sandbox holds on its host: claim > cgroup > log.
+
+Each is taken in this order and given back in the reverse one, whatever happens in between. The claim is the first and
+the last, so that at any moment a row in the registry names everything of a sandbox that may exist.
+
+As a rule all of it happens on the loop: a claim, a cgroup and two FIFOs take 0.15 ms together, and handing them to a
+worker thread and back would take as long again. What would have to wait there goes to a thread: a user or a slice that
+has to be made first, a registry that somebody else is writing to. What remains, mkdir and rmdir in cgroupfs, waits for
+others no longer than the `fork` that every start needs anyway: they take the same locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import NamedTuple, Self, TypeVar
+
+from cgroups import Cgroup, CgroupError, ExistsError, GoneError, Stats
+
+from .database import BusyError
+from .errors import AccountError, NotFoundError, StateError
+from .host import Host
+from .logs import LogPaths, LogPump
+from .main_process import Main
+from .models import IsolatedUser, SandboxSpec
+from .registry import Kind, Registry, SandboxRow
+from .trees import slice_name
+
+__all__ = ["Holdings", "Run", "ask_to_end", "kill_rest"]
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+KNOWN_USERS = 10_000
+"""So many users are remembered, a few hundred bytes each."""
+
+
+class Run(NamedTuple):
+    """One run of a service.
+
+    Attributes:
+        spec: what was asked for.
+        kind: whether a successor of a dead supervisor keeps it (`service`) or ends it (`run`).
+        run_id: tells it from earlier and later ones of the same service.
+        started_at: seconds since the epoch.
+    """
+
+    spec: SandboxSpec
+    kind: Kind
+    run_id: str
+    started_at: float
+
+
+class Holdings:
+    """What one run holds, from `take` or `take_over` to `give_back` or `let_go`.
+
+    Attributes:
+        user: the tenant.
+        cgroup: the scope.
+        pump: the log.
+        limits: each control file that was asked for, and what the kernel answers when it is read.
+        main: the first process, as a predecessor wrote it down.
+        frozen: whether it was taken over frozen.
+    """
+
+    cgroup: Cgroup
+    pump: LogPump
+    limits: dict[str, str]
+
+    def __init__(self, host: Host, run: Run, user: IsolatedUser) -> None:
+        self.user = user
+        self.main: Main | None = None
+        self.frozen = False
+        self._host = host
+        self._run = run
+        self._ooms_before = 0
+
+    # Taking -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def take(cls, host: Host, run: Run) -> Self:
+        """Take all that a run needs, or nothing. Its user is made if there is none.
+
+        Raises:
+            RunnerError, CgroupError, OSError: something cannot be had.
+        """
+        held = cls._take_at_once(host, run)
+        return await host.in_thread(cls._take_patiently, host, run) if held is None else held
+
+    @classmethod
+    async def take_over(cls, host: Host, run: Run) -> Self:
+        """Take what a dead owner left running; the claim is ours already. If it fails, it goes on running."""
+        return await host.in_thread(cls._take_over, host, run)
+
+    @classmethod
+    def _take_at_once(cls, host: Host, run: Run) -> Self | None:
+        """Take all, if nothing has to be waited for."""
+        user = host.known.get(run.spec.user_id)
+        if user is None or not host.tree.has_slice(user.key):
+            return None
+        try:
+            host.users.verify(user)
+            return cls._take_for(host, run, user, host.quick)
+        except (AccountError, BusyError, NotFoundError):
+            # Perhaps the user was removed meanwhile. The long way makes it anew, or says what is wrong.
+            return None
+
+    @classmethod
+    def _take_patiently(cls, host: Host, run: Run) -> Self:
+        user = host.users.get_or_create(run.spec.user_id)
+        held = cls._take_for(host, run, user, host.registry)
+        if len(host.known) >= KNOWN_USERS:
+            host.known.clear()
+        host.known[user.saas_user_id] = user
+        return held
+
+    @classmethod
+    def _take_for(cls, host: Host, run: Run, user: IsolatedUser, registry: Registry) -> Self:
+        held, spec = cls(host, run, user), run.spec
+        with ExitStack() as undo:
+            row = SandboxRow(
+                key=user.key,
+                service_id=spec.service_id,
+                run_id=run.run_id,
+                owner=host.owner.owner_id,
+                kind=run.kind,
+                spec=spec.to_json() if run.kind == "service" else "{}",
+                cgroup=f"{host.tree.path}/{slice_name(user.key)}/{spec.service_id}.scope",
+                created_at=run.started_at,
+            )
+            registry.claim(row)
+            undo.callback(host.registry.release, *held._claim)
+            held.cgroup = held._make_cgroup()
+            undo.callback(held._remove_cgroup)
+            limits = host.settings.default_limits if spec.limits is None else spec.limits
+            held.limits = host.tree.limit(user.key, held.cgroup, limits)
+            held._ooms_before = host.tree.tenant_oom(user.key)
+            held.pump = held._make_pump()
+            held.pump.create()
+            undo.pop_all()
+        return held
+
+    @classmethod
+    def _take_over(cls, host: Host, run: Run) -> Self:
+        user = host.users.get(run.spec.user_id)
+        if user is None:
+            raise StateError(f"{run.spec.service_id!r} runs for a user who is not registered")
+        held = cls(host, run, user)
+        held._ooms_before = host.tree.tenant_oom(user.key)
+        with host.tree.open_scope(slice_name(user.key), f"{run.spec.service_id}.scope") as cgroup:
+            held.main = Main.read(cgroup)
+            held.limits = dict(held.main.isolation.limits) if held.main else {}
+            held.frozen = cgroup.frozen()
+            held.pump = held._make_pump()
+            held.pump.adopt()
+            held.cgroup = _second_hold(cgroup)
+        return held
+
+    @property
+    def _claim(self) -> tuple[str, str, str]:
+        return self.user.key, self._run.spec.service_id, self._run.run_id
+
+    def _make_cgroup(self) -> Cgroup:
+        tree, (key, service_id, run_id) = self._host.tree, self._claim
+        try:
+            return tree.scope(key, service_id, run_id)
+        except ExistsError:
+            # The claim is ours, so what is there under this name is nobody's.
+            tree.end_scope(slice_name(key), f"{service_id}.scope")
+            return tree.scope(key, service_id, run_id)
+
+    def _make_pump(self) -> LogPump:
+        settings, user = self._host.settings, self.user
+        return LogPump(
+            paths=LogPaths(settings.log_dir, settings.run_dir, user.key),
+            user_id=user.saas_user_id,
+            service_id=self._run.spec.service_id,
+            run_id=self._run.run_id,
+            uid=user.linux_uid,
+            gid=user.linux_gid,
+            hub=self._host.hub,
+        )
+
+    # Having -----------------------------------------------------------------------------------------------------
+
+    async def on_cgroup(self, action: Callable[[Cgroup], T]) -> T:
+        """Do something with the cgroup in a worker thread, where it is held by a descriptor of its own.
+
+        The sandbox may end meanwhile, and its descriptor's number stand for another sandbox's cgroup.
+        """
+        own = _second_hold(self.cgroup)
+
+        def act() -> T:
+            with own:
+                return action(own)
+
+        return await asyncio.shield(self._host.in_thread(act))
+
+    def stats(self, *, pressure: bool) -> Stats:
+        """The counters, as far as they can be read."""
+        try:
+            return self.cgroup.stats(pressure=pressure)
+        except CgroupError as error:
+            _log.error("cannot read the counters of %s: %s", self.cgroup.path, error)
+            return Stats()
+
+    def tenant_oom(self) -> bool:
+        """Whether the tenant as a whole ran into its `memory.max` since this was taken."""
+        return self._host.tree.tenant_oom(self.user.key) != self._ooms_before
+
+    # Giving back ------------------------------------------------------------------------------------------------
+
+    async def give_back(self) -> None:
+        """Remove the cgroup, in which nothing runs any more, then the claim. The log is finished, or left behind."""
+        self._remove_cgroup()
+        try:
+            self._host.quick.release(*self._claim)
+        except BusyError:
+            await self._host.in_thread(self._host.registry.release, *self._claim)
+
+    def let_go(self) -> None:
+        """Kill without waiting; the registry keeps its row, and the next owner finishes what is left."""
+        with self.cgroup, contextlib.suppress(CgroupError):
+            self.cgroup.kill()
+        self.pump.detach()
+
+    def _remove_cgroup(self) -> None:
+        try:
+            with self.cgroup:
+                self.cgroup.remove()
+        except CgroupError as error:
+            # Nothing runs in it. Whoever starts this service next tries again.
+            _log.error("cannot remove the cgroup %s: %s", self.cgroup.path, error)
+
+
+def ask_to_end(cgroup: Cgroup) -> None:
+    """Send SIGTERM to every process, in a way that also one that is frozen or stopped can act on it."""
+    try:
+        # Frozen, a process acts on no signal but SIGKILL; stopped, on none but SIGKILL and SIGCONT.
+        cgroup.request_freeze(False)
+        cgroup.signal(signal.SIGTERM)
+        cgroup.signal(signal.SIGCONT)
+    except GoneError:
+        pass
+    except CgroupError as error:
+        # The grace time runs all the same, and what is left then is killed.
+        _log.warning("not everything in %s could be asked to end: %s", cgroup.path, error)
+
+
+def kill_rest(cgroup: Cgroup) -> int:
+    """Kill everything in it; returns how many processes that were."""
+    rest = len(cgroup.pids(recursive=True))
+    cgroup.kill()
+    return rest
+
+
+def _second_hold(cgroup: Cgroup) -> Cgroup:
+    return Cgroup(os.dup(cgroup.fd), str(cgroup.path))

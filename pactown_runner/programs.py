@@ -1,0 +1,50 @@
+"""From what a sandbox is to run to what the launcher has to be told."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .launcher import DEFAULT_PATH, Directory, LaunchSpec
+from .models import IsolatedUser, SandboxSpec
+
+__all__ = ["launch_spec", "tenant_environment"]
+
+
+def launch_spec(spec: SandboxSpec, user: IsolatedUser) -> LaunchSpec:
+    """What the launcher has to be told to run `spec` as `user`."""
+    directories = [
+        Directory(user.home_dir),
+        Directory("sandboxes", make=True),
+        Directory(spec.service_id, make=True),
+    ]
+    if spec.cwd is not None:
+        directories.append(Directory(spec.cwd))
+    return LaunchSpec(
+        argv=spec.argv,
+        mode="root" if os.geteuid() == 0 else "user",
+        uid=user.linux_uid,
+        gid=user.linux_gid,
+        env={**tenant_environment(user), **spec.env},
+        directories=directories,
+        oom_score_adj=_oom_score_adj(),
+        namespaces=spec.namespaces,
+    )
+
+
+def tenant_environment(user: IsolatedUser) -> dict[str, str]:
+    """The environment that every program of a tenant begins with."""
+    return {
+        "PATH": DEFAULT_PATH,
+        "HOME": str(user.home_dir),
+        "USER": user.linux_username,
+        "LOGNAME": user.linux_username,
+        "SHELL": "/bin/sh",
+        "LANG": "C.UTF-8",
+    }
+
+
+def _oom_score_adj() -> int | None:
+    """0 for programs of a supervisor that is spared by the kernel's OOM killer: they are not to be; else as it is."""
+    own = int(Path("/proc/self/oom_score_adj").read_bytes())
+    return 0 if own < 0 else None
