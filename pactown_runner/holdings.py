@@ -130,7 +130,7 @@ class Holdings:
                 owner=host.owner.owner_id,
                 kind=run.kind,
                 spec=spec.to_json() if run.kind == "service" else "{}",
-                cgroup=f"{host.tree.path}/{slice_name(user.key)}/{spec.service_id}.scope",
+                cgroup=host.tree.path + held.place,
                 created_at=run.started_at,
             )
             registry.claim(row)
@@ -160,6 +160,11 @@ class Holdings:
             held.pump.adopt()
             held.cgroup = _second_hold(cgroup)
         return held
+
+    @property
+    def place(self) -> str:
+        """The end of the scope's path, from the slice on."""
+        return f"/{slice_name(self.user.key)}/{self._run.spec.service_id}.scope"
 
     @property
     def _claim(self) -> tuple[str, str, str]:

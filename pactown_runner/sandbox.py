@@ -374,6 +374,8 @@ class Sandbox:
             if stdin >= 0:
                 os.close(stdin)
         self._pid, self._pidfd = started.pid, started.pidfd
+        if not (started.report.cgroup or held.place).endswith(held.place):
+            raise StartError(f"it was placed in {started.report.cgroup}, not in {held.place}", step="readback")
         self._isolation = replace(started.report, limits=held.limits)
         if self.run.kind == "service":
             Main.of(self._pid, self._isolation).mark(held.cgroup)

@@ -11,12 +11,16 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import struct
 import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from pactown_runner.errors import StartError
-from pactown_runner.launcher import Directory, LaunchSpec, launch_popen
+from pactown_runner.launcher import Directory, LaunchSpec, launch_popen, launcher_path
+from pactown_runner.launcher import call as launcher_call
 
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 1 << 14, 1 << 18
@@ -83,6 +87,8 @@ def start(case: dict[str, Any]) -> dict[str, Any]:
         install_filter(*case["filter"])
     if case.get("hide_proc"):
         hide_proc()
+    if "launcher" in case:
+        launcher_call._BINARY = Path(case["launcher"])
     if uid := case.get("uid"):
         os.setgroups(case.get("groups", []))
         os.setresgid(uid, uid, uid)
@@ -105,6 +111,15 @@ def in_a_child(case: dict[str, Any]) -> dict[str, Any]:
     A case may have `filter` (call, first argument or None, errno), `hide_proc`, `uid` with `groups` and `uids`, and
     `cgroup_fd`; `spec` has the arguments of a `LaunchSpec`.
     """
+    with tempfile.TemporaryDirectory(prefix="pactown-test-launcher-", dir="/var/tmp") as directory:
+        if "uid" in case:
+            # A checkout below /root cannot be reached without root, and then neither can its launcher.
+            os.chmod(directory, 0o755)
+            case = {**case, "launcher": shutil.copy(launcher_path(), directory)}
+        return _in_a_child(case)
+
+
+def _in_a_child(case: dict[str, Any]) -> dict[str, Any]:
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
