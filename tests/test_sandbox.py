@@ -437,7 +437,7 @@ while True:
     except OSError:
         pass
 """
-    sandbox = await supervisor.start(spec(["sh", "-c", 'ulimit -u 200; exec "$0" "$@"', *python(bomb)]))
+    sandbox = await supervisor.start(spec(["sh", "-c", 'ulimit -u 60; exec "$0" "$@"', *python(bomb)]))
     await line_of(sandbox)
     await eventually(lambda: len(processes_of(sandbox.user.linux_uid)) > 10)
     outcome = await soon(sandbox.stop(grace=grace))
