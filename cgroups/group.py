@@ -85,11 +85,11 @@ class Cgroup:
             os.close(fd)
             raise
 
-    def child(self, name: str, *, create: bool = False, exist_ok: bool = False) -> Cgroup:
-        """Open a cgroup directly below this one.
+    def child(self, *names: str, create: bool = False, exist_ok: bool = False) -> Cgroup:
+        """Open a cgroup directly below this one, or with several names one further down.
 
         Args:
-            name: its name.
+            names: its name, after those of the cgroups on the way to it, which exist.
             create: make it, with mode 0755.
             exist_ok: with `create`, take one that is there already.
 
@@ -99,7 +99,8 @@ class Cgroup:
             GoneError: it was to be opened and is not there, or this cgroup itself was removed.
             CgroupError: anything else, such as a want of permission or `cgroup.max.descendants` reached.
         """
-        path = f"{self._path}/{directories.check_name(name)}"
+        name = "/".join(map(directories.check_name, names))
+        path = f"{self._path}/{name}"
         made = create and directories.make_directory(name, self.fd, path, exist_ok=exist_ok)
         try:
             fd = directories.open_directory(name, self.fd)

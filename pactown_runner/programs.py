@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -44,7 +45,11 @@ def tenant_environment(user: IsolatedUser) -> dict[str, str]:
     }
 
 
+@functools.cache
 def _oom_score_adj() -> int | None:
-    """0 for programs of a supervisor that is spared by the kernel's OOM killer: they are not to be; else as it is."""
+    """0 for programs of a supervisor that is spared by the kernel's OOM killer: they are not to be; else as it is.
+
+    Looked at once: who spares a supervisor does so before it starts anything.
+    """
     own = int(Path("/proc/self/oom_score_adj").read_bytes())
     return 0 if own < 0 else None

@@ -364,7 +364,7 @@ class Sandbox:
                 # For programs that open /dev/stdin again.
                 os.fchown(stdin, held.user.linux_uid, held.user.linux_gid)
         try:
-            with anyio.fail_after(START_TIMEOUT):
+            async with asyncio.timeout(START_TIMEOUT):
                 started = await launch_async(launch_spec(self.spec, held.user), held.cgroup.fd, stdin, out, err)
         except TimeoutError:
             # The tenant's own processes can stop the launcher's child once it has their uid.

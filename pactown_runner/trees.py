@@ -118,6 +118,10 @@ class Tree:
 
     def _make_scope(self, key: str, name: str) -> Cgroup:
         for _ in range(_TRIES):
+            # Gone: another process of this state found the slice empty and removed it.
+            with suppress(GoneError):
+                if self.has_slice(key):
+                    return self.root.child(slice_name(key), name, create=True)
             with suppress(GoneError), self.slice(key) as parent:
                 return parent.child(name, create=True)
         raise TreeError(f"{self.root.path} was removed", remedy="start the supervisor anew")
@@ -161,8 +165,7 @@ class Tree:
         Raises:
             GoneError: it has been removed since.
         """
-        with self.root.child(slice_) as parent:
-            return parent.child(name)
+        return self.root.child(slice_, name)
 
     def scopes(self) -> Iterator[Scope]:
         """All scopes that bear this state's mark."""
