@@ -30,7 +30,6 @@ _ON_DEMAND = frozenset({"cpuset"})
 """Enabled with the first limit that needs it: it counts nothing, and its global lock makes starts in cgroups slower."""
 
 _STATE, _RUN = "pactown.state", "pactown.run"
-_TRIES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +116,24 @@ class Tree:
         return scope
 
     def _make_scope(self, key: str, name: str) -> Cgroup:
-        for _ in range(_TRIES):
+        # As often as somebody removes it, which may be a few times; only without the top there is no end to it.
+        while True:
             # Gone: another process of this state found the slice empty and removed it.
             with suppress(GoneError):
                 if self.has_slice(key):
                     return self.root.child(slice_name(key), name, create=True)
             with suppress(GoneError), self.slice(key) as parent:
                 return parent.child(name, create=True)
+            if self._is_gone():
+                break
         raise TreeError(f"{self.root.path} was removed", remedy="start the supervisor anew")
+
+    def _is_gone(self) -> bool:
+        try:
+            self.root.populated()
+        except GoneError:
+            return True
+        return False
 
     def end_scope(self, slice_: str, name: str, run_id: str | None = None) -> bool:
         """Kill what runs in a scope, and remove it; blocking. False if it is not there, or is another run's.

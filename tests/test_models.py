@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cgroups import Limits, Stats
@@ -34,6 +34,7 @@ def spec(**options: Any) -> SandboxSpec:
 # ---- Ids
 
 
+@settings(deadline=None)  # other tests may keep the machine busy
 @given(st.text(min_size=1, max_size=200).filter(lambda text: "\0" not in text))
 def test_a_user_id_is_kept_as_it_is(user_id: str) -> None:
     try:
@@ -55,6 +56,7 @@ def test_the_longest_user_id() -> None:
     assert check_user_id("ü" * 512) == "ü" * 512
 
 
+@settings(deadline=None)
 @given(
     st.text(SERVICE_ALPHABET, min_size=1, max_size=63).filter(lambda text: text[0] not in "._-"),
 )
@@ -62,6 +64,7 @@ def test_service_ids_of_the_alphabet(service_id: str) -> None:
     assert check_service_id(service_id) == service_id
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_service_ids_never_lead_elsewhere(text: str) -> None:
     try:
@@ -134,6 +137,7 @@ def test_a_string_is_a_shell_command_and_a_list_is_not() -> None:
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=()), max_size=20)
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         SandboxSpec,
