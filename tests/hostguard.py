@@ -29,6 +29,7 @@ from typing import Any
 import pytest
 
 from tests import hostsweep
+from tests.systemd_slices import stop_slices
 
 FIRST_UID = 64100
 SLOTS = 9
@@ -190,6 +191,7 @@ def finish(run: Run) -> None:
         return
     run.finished = True
     try:
+        stop_slices(run.name)
         removed, failed = hostsweep.sweep(lambda: [*hostsweep.find(run.claim), *hostsweep.children()])
         run.leaks = [f"{what}{_since(run, what)}" for what in removed if what != f"file {run.directory}"]
         run.leaks += [f"COULD NOT REMOVE {what}" for what in failed]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -45,24 +44,12 @@ def settings(test_run: Run) -> Iterator[Settings]:
         uid_ranges=(test_run.uids,),
         stop_grace=5.0,
     )
-    slices = _slices_of(settings.cgroup_slice)
-    there = {name for name in slices if any(hostsweep.cgroup_dirs(name.__eq__))}
     yield settings
     for path in list(hostsweep.cgroup_dirs(settings.cgroup_slice.__eq__)):
         hostsweep.remove_cgroup(path)
-    if Path("/run/systemd/system").is_dir():
-        for name in slices:
-            if name not in there:
-                subprocess.run(["systemctl", "stop", name], check=True)
     for leak in list(hostsweep.accounts(test_run.claim)):
         leak.remove()
     hostsweep.remove_file(base)
-
-
-def _slices_of(name: str) -> list[str]:
-    """The slices that systemd makes on the way to one of this name: `a-b.slice` lies in `a.slice`."""
-    parts = name.removesuffix(".slice").split("-")
-    return ["-".join(parts[:number]) + ".slice" for number in range(len(parts), 0, -1)]
 
 
 @pytest.fixture
