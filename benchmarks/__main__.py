@@ -1,10 +1,27 @@
-"""`python -m benchmarks`: run them all."""
+"""`python -m benchmarks [spawn|logs|idle] [options]`: one of them, or all with their defaults."""
 
 from __future__ import annotations
 
 import sys
 
-from . import spawn
+from . import idle, logs, spawn
+
+BENCHMARKS = {"spawn": spawn.main, "logs": logs.main, "idle": idle.main}
+
+
+def main(words: list[str]) -> int:
+    """Run what is named first, with the words behind it, or everything."""
+    if words and words[0] in BENCHMARKS:
+        return BENCHMARKS[words[0]](words[1:])
+    if words:
+        print(f"usage: python -m benchmarks [{'|'.join(BENCHMARKS)}] [options]", file=sys.stderr)
+        return 2
+    status = 0
+    for name, run in BENCHMARKS.items():
+        print(f"\n== {name}")
+        status |= run([])
+    return status
+
 
 if __name__ == "__main__":
-    sys.exit(spawn.main())
+    sys.exit(main(sys.argv[1:]))

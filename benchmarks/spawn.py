@@ -11,19 +11,16 @@ import asyncio
 import gc
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from pactown_runner import SandboxSpec, Settings, Supervisor
-from pactown_runner.purge import Purge
+from pactown_runner import SandboxSpec, Supervisor
+
+from .harness import bench_supervisor, machine, percentile
 
 TRUE = "/bin/true"
 BASE = "asyncio"
@@ -112,32 +109,6 @@ async def throughput(start: Start, concurrency: int, seconds: float) -> float:
     return done / (time.perf_counter() - began)
 
 
-@asynccontextmanager
-async def bench_supervisor() -> AsyncIterator[Supervisor]:
-    """A supervisor whose state, users and cgroups are removed afterwards."""
-    # As with the defaults on most hosts: FIFOs in memory (there /run), homes, logs and registry on the disk.
-    with (
-        tempfile.TemporaryDirectory(prefix="pactown-bench-", dir="/var/tmp") as disk,
-        tempfile.TemporaryDirectory(prefix="pactown-bench-", dir="/dev/shm") as memory,
-    ):
-        os.chmod(disk, 0o711)
-        settings = Settings.load(
-            users_base=Path(disk, "users"), run_dir=Path(memory, "run"), cgroup_slice=f"{Path(disk).name}.slice"
-        )
-        try:
-            async with Supervisor(settings=settings) as supervisor:
-                yield supervisor
-        finally:
-            with Purge(settings) as purge:
-                purge.carry_out(purge.plan())
-
-
-def percentile(values: list[float], percent: float) -> float:
-    """The smallest value that so many percent do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
-
-
 async def measure(rounds: int, seconds: float, resident_mib: int) -> dict[str, Any]:
     """Everything, with so much memory resident in this process."""
     ballast = bytearray(os.urandom(1 << 20) * resident_mib)
@@ -192,11 +163,10 @@ def main(argv: list[str] | None = None) -> int:
         print("starting programs as other users takes root", file=sys.stderr)
         return 1
     results = [asyncio.run(measure(options.rounds, options.seconds, mib)) for mib in options.resident]
-    machine = f"{os.cpu_count()} CPUs, Linux {platform.release()}, Python {platform.python_version()}"
     if options.json:
-        print(json.dumps({"machine": machine, "results": results}, indent=2))
+        print(json.dumps({"machine": machine(), "results": results}, indent=2))
         return 0
-    print(machine)
+    print(machine())
     for result in results:
         show(result)
     return 0

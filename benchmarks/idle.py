@@ -1,0 +1,74 @@
+"""What an idle sandbox costs its supervisor: memory, descriptors, threads, CPU time."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import resource
+import threading
+import time
+from typing import Any
+
+import psutil
+
+from pactown_runner import SandboxSpec
+
+from .harness import bench_supervisor, machine
+
+
+async def measure(sandboxes: int, seconds: float) -> dict[str, Any]:
+    """Start so many that do nothing, look at this process, and list them all."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    process = psutil.Process()
+    async with bench_supervisor() as supervisor:
+
+        async def start(number: int) -> None:
+            spec = SandboxSpec(user_id=f"user-{number % 10}", service_id=f"idle-{number}", command=["sleep", "3600"])
+            await supervisor.start(spec)
+
+        for number in range(10):  # the users, and whatever the first start of all needs
+            await start(number)
+        before = process.memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count()
+        began = time.perf_counter()
+        for first in range(10, sandboxes + 10, 20):
+            await asyncio.gather(*(start(number) for number in range(first, min(first + 20, sandboxes + 10))))
+        started = time.perf_counter() - began
+        after = process.memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count()
+
+        cpu = time.process_time()
+        await asyncio.sleep(seconds)
+        cpu = time.process_time() - cpu
+
+        began = time.perf_counter()
+        alive = supervisor.list()
+        stats = await asyncio.gather(*(sandbox.stats() for sandbox in alive))
+        listed = time.perf_counter() - began
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return {
+        "sandboxes": sandboxes,
+        "starts_per_second": round(sandboxes / started),
+        "memory_kib_each": round((after[0] - before[0]) / sandboxes / 1024, 1),
+        "descriptors_each": round((after[1] - before[1]) / sandboxes, 2),
+        "threads_added": after[2] - before[2],
+        "cpu_us_per_second_each": round(cpu / seconds / sandboxes * 1e6, 1),
+        "stats_of_all_ms": round(listed * 1e3, 1),
+        "stats_read": len(stats),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sandboxes", type=int, default=500)
+    parser.add_argument("--seconds", type=float, default=5)
+    options = parser.parse_args(argv)
+    print(machine())
+    for name, value in asyncio.run(measure(options.sandboxes, options.seconds)).items():
+        print(f"{name:28} {value:>12}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
