@@ -55,7 +55,7 @@ attempt("become root          ", lambda: os.setuid(0))
 attempt("leave its own cgroup ", lambda: pathlib.Path(os.environ["CGROUP_TOP"], "cgroup.procs").write_text("0"))
 """
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)  # so that paths and commands can be copied whole
 COLOURS = {"alice": "cyan", "bob": "magenta"}
 
 
@@ -74,12 +74,15 @@ def ask(port: int) -> str:
         return str(answer.read().decode())
 
 
-async def show_log(sandbox: Sandbox, listening: asyncio.Event) -> None:
+async def show_log(sandbox: Sandbox, logged: asyncio.Event) -> None:
     colour = COLOURS.get(sandbox.user_id, "white")
-    async for record in sandbox.logs(follow=True):
-        console.print(f"  [{colour}]{sandbox.user_id}/{sandbox.service_id} {record.stream}[/{colour}] │ ", end="")
-        console.print(record.line, markup=False)
-        listening.set()
+    try:
+        async for record in sandbox.logs(follow=True):
+            console.print(f"  [{colour}]{sandbox.user_id}/{sandbox.service_id} {record.stream}[/{colour}] │ ", end="")
+            console.print(record.line, markup=False)
+            logged.set()
+    finally:
+        logged.set()  # nobody waits for a line of what has ended
 
 
 async def start_web(supervisor: Supervisor, name: str, limits: Limits) -> tuple[Sandbox, int]:
@@ -136,10 +139,10 @@ async def show(supervisor: Supervisor) -> None:
     running = await start_both(supervisor)
     async with AsyncExitStack() as stack:
         followers = await stack.enter_async_context(asyncio.TaskGroup())
-        for sandbox, _ in running.values():
-            listening = asyncio.Event()
-            followers.create_task(show_log(sandbox, listening))
-            await listening.wait()
+        logged = {name: asyncio.Event() for name in running}
+        for name, (sandbox, _) in running.items():
+            followers.create_task(show_log(sandbox, logged[name]))
+            await logged[name].wait()
         for name, (sandbox, _) in running.items():
             held = sandbox.isolation
             console.print(
@@ -152,7 +155,9 @@ async def show(supervisor: Supervisor) -> None:
 
         step("2. Both answer over HTTP")
         for name, (_, port) in running.items():
+            logged[name].clear()
             answer = await asyncio.to_thread(ask, port)
+            await logged[name].wait()
             console.print(f"  [{COLOURS[name]}]{name}[/] http://127.0.0.1:{port}/ says: {answer.strip()}")
 
         step("3. What bob can do to alice")
