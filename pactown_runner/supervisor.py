@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -179,12 +179,8 @@ class Supervisor:
             LimitsError: a limit cannot be enforced on this host.
             AccountError: the user's account could not be made, or is not what it was.
         """
-        sandbox = self._begin(spec, "service")
-        try:
+        async with self._begin(spec, "service") as sandbox:
             await sandbox.started()
-        except anyio.get_cancelled_exc_class():
-            await self._end_abandoned(sandbox)
-            raise
         return sandbox
 
     async def run(self, spec: SandboxSpec) -> Outcome:
@@ -192,23 +188,16 @@ class Supervisor:
 
         A program that cannot be started is an outcome here, `failed-to-start`; the other errors of `start` are raised.
         """
-        sandbox = self._begin(spec, "run")
         try:
-            return await sandbox.wait()
+            async with self._begin(spec, "run") as sandbox:
+                return await sandbox.wait()
         except StartError as error:
             return failed_to_start(error)
-        except anyio.get_cancelled_exc_class():
-            await self._end_abandoned(sandbox)
-            raise
 
     async def start_run(self, spec: SandboxSpec) -> Sandbox:
         """Start a one-shot run as `run` does, and return it as `start` does: to be fed, followed and waited for."""
-        sandbox = self._begin(spec, "run")
-        try:
+        async with self._begin(spec, "run") as sandbox:
             await sandbox.started()
-        except anyio.get_cancelled_exc_class():
-            await self._end_abandoned(sandbox)
-            raise
         return sandbox
 
     def get(self, user_id: str, service_id: str) -> Sandbox:
@@ -256,14 +245,21 @@ class Supervisor:
             async for record in records:
                 yield record
 
-    def _begin(self, spec: SandboxSpec, kind: Kind) -> Sandbox:
+    @asynccontextmanager
+    async def _begin(self, spec: SandboxSpec, kind: Kind) -> AsyncGenerator[Sandbox, None]:
+        """Begin a sandbox's life. Whoever is cancelled within leaves nothing of it behind."""
         if self._host is None:
             raise self._refusal
         name = (spec.user_id, spec.service_id)
         if name in self._sandboxes:
             raise AlreadyRunningError(f"service {spec.service_id!r} of user {spec.user_id!r} runs already")
         run = Run(spec, kind, secrets.token_hex(8), time.time())
-        return self._watch_over(Sandbox(self._host, run, self._forget))
+        sandbox = self._watch_over(Sandbox(self._host, run, self._forget))
+        try:
+            yield sandbox
+        except asyncio.CancelledError:
+            await self._end_abandoned(sandbox)
+            raise
 
     def _watch_over(self, sandbox: Sandbox, *, found: bool = False) -> Sandbox:
         self._sandboxes[sandbox.user_id, sandbox.service_id] = sandbox
@@ -291,6 +287,8 @@ class Supervisor:
             try:
                 await self._take_over(host)
                 await host.in_thread(forget_dead_owners, host)
+                # The loop's own connection leaves this to us: it waits for the disk.
+                await host.in_thread(host.registry.checkpoint)
             except Exception:
                 # A look that failed, on a full disk perhaps, must not be the last one.
                 _log.exception("cannot look for what other supervisors left")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pactown_runner.database import private_dir
+from pactown_runner.database import BusyError, private_dir
 from pactown_runner.errors import AlreadyRunningError, NotFoundError, RegistryError, StateError
 from pactown_runner.registry import ClaimedError, Registry, SandboxRow, UserRow
 
@@ -444,3 +444,36 @@ def test_locked_by_another_process_is_a_typed_error(registry: Registry, path: Pa
         other.execute("ROLLBACK")
         other.close()
     registry.claim(sandbox_row())
+
+
+# ---- Without waiting
+
+
+def test_one_that_does_not_wait_says_that_others_write(path: Path, registry: Registry, ready: UserRow) -> None:
+    with Registry(path, waits=False) as quick:
+        with sqlite3.connect(path) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(BusyError):
+                quick.claim(sandbox_row(key=ready.key))
+            other.rollback()
+        other.close()
+        quick.claim(sandbox_row(key=ready.key))
+        assert registry.row(ready.key, "api") == sandbox_row(key=ready.key)
+        assert quick.release(ready.key, "api", "r1")
+
+
+def test_checkpoints_keep_the_log_of_one_that_does_not_wait_short(
+    path: Path, registry: Registry, ready: UserRow
+) -> None:
+    log = path.with_name("registry.db-wal")
+    sizes = []
+    with Registry(path, waits=False) as quick:
+        for _ in range(3):
+            for _ in range(100):
+                quick.claim(sandbox_row(key=ready.key))
+                quick.release(ready.key, "api", "r1")
+            sizes.append(log.stat().st_size)
+            registry.checkpoint()
+    # As large as one round makes it, however many there are.
+    assert sizes[0] > 100_000
+    assert sizes[2] <= sizes[0] * 1.1
