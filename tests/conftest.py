@@ -42,6 +42,12 @@ def slice_name(test_run: Run) -> Iterator[str]:
 
 
 @pytest.fixture
+def foreign(test_run: Run) -> str:
+    """A name for a login that no user of the project has, nor another test run: logins are the whole host's."""
+    return f"pactown_foreign{test_run.name[-6:]}"
+
+
+@pytest.fixture
 def users_base(test_run: Run) -> Iterator[Path]:
     """A directory of mode 0711 that tenants can pass through, unlike `tmp_path`."""
     base = Path(tempfile.mkdtemp(prefix="users-", dir=test_run.directory))

@@ -35,6 +35,8 @@ FIRST_UID = 64100
 SLOTS = 9
 UIDS_A_SLOT = 100
 NAME = "pactown-test-"
+OTHERS = ("pactown-guest-", "pactown-bench-", "pactown-example")
+"""How the things of this project's other commands are called, which remove them on their own."""
 
 
 @dataclass
@@ -160,7 +162,8 @@ def strangers() -> set[str]:
     """What looks like ours and bears no run's mark: a real supervisor's, or a stray test's."""
 
     def marked(name: str) -> bool:
-        return any(_claim(slot).owns_name(name) for slot in range(SLOTS)) or name == _lock_dir().name
+        claimed = any(_claim(slot).owns_name(name) for slot in range(SLOTS))
+        return claimed or name == _lock_dir().name or name.startswith(OTHERS)
 
     block = range(FIRST_UID, FIRST_UID + SLOTS * UIDS_A_SLOT)
     found = {

@@ -155,8 +155,8 @@ def test_login_of_another_state_is_foreign(accounts: Accounts, row: UserRow, use
 
 
 @pytest.mark.host
-def test_uid_of_another_login_is_refused(accounts: Accounts, row: UserRow) -> None:
-    useradd("pactown_foreign", row.uid)
+def test_uid_of_another_login_is_refused(accounts: Accounts, row: UserRow, foreign: str) -> None:
+    useradd(foreign, row.uid)
     with accounts.lock():
         assert accounts.clashes(row)
         with pytest.raises(AccountError, match="already exists"):
@@ -191,15 +191,15 @@ def test_verify_sees_every_change(accounts: Accounts, row: UserRow) -> None:
 
 
 @pytest.mark.host
-def test_verify_sees_a_second_login_with_the_same_uid(accounts: Accounts, row: UserRow) -> None:
-    useradd("pactown_foreign", row.uid)
+def test_verify_sees_a_second_login_with_the_same_uid(accounts: Accounts, row: UserRow, foreign: str) -> None:
+    useradd(foreign, row.uid)
     command = ["useradd", "--non-unique", "--uid", str(row.uid), "--gid", str(row.gid), "--no-create-home"]
     subprocess.run(
         [*command, "--home-dir", str(row.home), "-K", "SUB_UID_COUNT=0", row.username],
         check=True,
         capture_output=True,
     )
-    with pytest.raises(AccountError, match="also that of login pactown_foreign"):
+    with pytest.raises(AccountError, match=f"also that of login {foreign}"):
         accounts.verify(row.user())
 
 
@@ -284,12 +284,12 @@ def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @pytest.mark.host
-def test_lowest_uid_that_nobody_has(accounts: Accounts, test_run: hostguard.Run) -> None:
+def test_lowest_uid_that_nobody_has(accounts: Accounts, foreign: str, test_run: hostguard.Run) -> None:
     first, _ = test_run.uids
     assert accounts.free_uid(set()) == first
     assert accounts.free_uid({first, first + 2}) == first + 1
-    useradd("pactown_foreign", first)
-    subprocess.run(["groupadd", "--gid", str(first + 1), "pactown_foreigngroup"], check=True)
+    useradd(foreign, first)
+    subprocess.run(["groupadd", "--gid", str(first + 1), f"{foreign}group"], check=True)
     assert accounts.free_uid({first + 2}) == first + 3
 
 

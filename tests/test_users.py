@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pwd
@@ -93,6 +94,24 @@ sys.stdin.readline()
 
 
 @pytest.fixture
+def own(test_run: hostguard.Run) -> str:
+    """An id that no other test run has: logins are the whole host's, and another's would make a key longer."""
+    return f"{test_run.name}|123456"
+
+
+@pytest.fixture(scope="module")
+def colliding(test_run: hostguard.Run) -> tuple[str, str]:
+    """Two ids of this run alone whose first keys are one."""
+    seen: dict[str, str] = {}
+    for number in itertools.count():
+        saas_user_id = f"{test_run.name}|{number}"
+        other = seen.setdefault(next(keys_of(saas_user_id)), saas_user_id)
+        if other != saas_user_id:
+            return other, saas_user_id
+    raise AssertionError("unreachable")
+
+
+@pytest.fixture
 def state(users_base: Path, test_run: hostguard.Run) -> Iterator[State]:
     settings = Settings(users_base=users_base, state_dir=users_base / ".state", uid_ranges=(test_run.uids,))
     registry = Registry(settings.state_dir / "registry.db")
@@ -131,8 +150,8 @@ def test_the_collisions_are_real(one: str, other: str) -> None:
 
 
 @pytest.mark.host
-@pytest.mark.parametrize(("one", "other"), COLLISIONS)
-def test_colliding_ids_never_share_an_account(state: State, one: str, other: str) -> None:
+def test_colliding_ids_never_share_an_account(state: State, colliding: tuple[str, str]) -> None:
+    one, other = colliding
     first, second = state.users.get_or_create(one), state.users.get_or_create(other)
     assert len(first.key) == 8
     assert second.key.startswith(first.key)
@@ -143,8 +162,8 @@ def test_colliding_ids_never_share_an_account(state: State, one: str, other: str
 
 
 @pytest.mark.host
-def test_key_of_a_removed_user_is_not_handed_on(state: State) -> None:
-    one, other = COLLISIONS[0]
+def test_key_of_a_removed_user_is_not_handed_on(state: State, colliding: tuple[str, str]) -> None:
+    one, other = colliding
     first = state.users.get_or_create(one)
     remove(state.users, one)
     second = state.users.get_or_create(other)
@@ -155,10 +174,10 @@ def test_key_of_a_removed_user_is_not_handed_on(state: State) -> None:
 
 
 @pytest.mark.host
-def test_foreign_login_of_that_name_makes_the_key_longer(state: State, test_run: hostguard.Run) -> None:
-    key = next(keys_of("auth0|123456"))
+def test_foreign_login_of_that_name_makes_the_key_longer(state: State, own: str, test_run: hostguard.Run) -> None:
+    key = next(keys_of(own))
     assert useradd(f"pactown_{key}", test_run.uids[1]) == 0
-    user = state.users.get_or_create("auth0|123456")
+    user = state.users.get_or_create(own)
     assert user.key.startswith(key)
     assert len(user.key) == 9
     assert pwd.getpwnam(f"pactown_{key}").pw_uid == test_run.uids[1]
@@ -188,11 +207,11 @@ def test_ids_come_back_byte_for_byte_with_an_account_each(state: State) -> None:
 
 
 @pytest.mark.host
-def test_account_and_home_are_as_promised(state: State, test_run: hostguard.Run) -> None:
+def test_account_and_home_are_as_promised(state: State, own: str, test_run: hostguard.Run) -> None:
     assert state.users.root_mode
-    assert state.users.get("auth0|123456") is None
-    user = state.users.get_or_create("auth0|123456")
-    assert user.linux_username == f"pactown_{next(keys_of('auth0|123456'))}"
+    assert state.users.get(own) is None
+    user = state.users.get_or_create(own)
+    assert user.linux_username == f"pactown_{next(keys_of(own))}"
     assert user.linux_uid == user.linux_gid == test_run.uids[0]
     assert user.home_dir == state.settings.users_base / user.linux_username
     login = pwd.getpwnam(user.linux_username)
@@ -322,13 +341,13 @@ def after(place, name, when=lambda *arguments: True):
     setattr(place, name, replacement)
 
 eval(sys.argv[4])
-users.get_or_create("auth0|123456")
-users.remove_account(users.begin_removal("auth0|123456"))
+users.get_or_create(sys.argv[5])
+users.remove_account(users.begin_removal(sys.argv[5]))
 """
 
 
-def crash(state: State, point: str) -> None:
-    with state.run(CRASH, POINTS[point]) as child:
+def crash(state: State, point: str, saas_user_id: str) -> None:
+    with state.run(CRASH, POINTS[point], saas_user_id) as child:
         child.communicate("\n", timeout=60)
     assert child.returncode == -9
 
@@ -343,9 +362,11 @@ def assert_whole(state: State, user: IsolatedUser) -> None:
 
 @pytest.mark.host
 @pytest.mark.parametrize("point", ["row", "group", "login", "home", "chown", "chmod", "ready"])
-def test_killed_while_making_is_finished_by_the_next(state: State, point: str, test_run: hostguard.Run) -> None:
-    crash(state, point)
-    user = state.users.get_or_create("auth0|123456")
+def test_killed_while_making_is_finished_by_the_next(
+    state: State, own: str, point: str, test_run: hostguard.Run
+) -> None:
+    crash(state, point, own)
+    user = state.users.get_or_create(own)
     assert_whole(state, user)
     assert user.linux_uid == test_run.uids[0]
     assert len(list(hostsweep.accounts(test_run.claim))) == 2  # one login, one group
@@ -354,36 +375,40 @@ def test_killed_while_making_is_finished_by_the_next(state: State, point: str, t
 
 @pytest.mark.host
 @pytest.mark.parametrize("point", ["begun", "userdel", "tombstone"])
-def test_killed_while_removing_is_finished_by_the_next(state: State, point: str, test_run: hostguard.Run) -> None:
-    crash(state, point)
+def test_killed_while_removing_is_finished_by_the_next(
+    state: State, own: str, point: str, test_run: hostguard.Run
+) -> None:
+    crash(state, point, own)
     for user in state.users.unfinished_removals():
         assert state.users.begin_removal(user.saas_user_id) == user
         state.users.remove_account(user)
     assert list(hostsweep.accounts(test_run.claim)) == []
     assert [row.status for row in state.registry.users()] == ["deleted"]
-    assert_whole(state, state.users.get_or_create("auth0|123456"))
+    assert_whole(state, state.users.get_or_create(own))
 
 
 @pytest.mark.host
 @pytest.mark.parametrize("point", ["row", "group", "login"])
-def test_uid_that_was_taken_after_a_crash_is_given_up(state: State, point: str, test_run: hostguard.Run) -> None:
-    crash(state, point)
+def test_uid_that_was_taken_after_a_crash_is_given_up(
+    state: State, own: str, foreign: str, point: str, test_run: hostguard.Run
+) -> None:
+    crash(state, point, own)
     first, last = test_run.uids
-    key = next(keys_of("auth0|123456"))
+    key = next(keys_of(own))
     subprocess.run(["userdel", f"pactown_{key}"], check=False, capture_output=True)
-    assert useradd("pactown_foreign", first) == 0
-    user = state.users.get_or_create("auth0|123456")
+    assert useradd(foreign, first) == 0
+    user = state.users.get_or_create(own)
     assert_whole(state, user)
     assert first < user.linux_uid <= last
-    assert pwd.getpwuid(first).pw_name == "pactown_foreign"
+    assert pwd.getpwuid(first).pw_name == foreign
 
 
 @pytest.mark.host
-def test_name_that_was_taken_after_a_crash_is_given_up(state: State, test_run: hostguard.Run) -> None:
-    crash(state, "row")
-    key = next(keys_of("auth0|123456"))
+def test_name_that_was_taken_after_a_crash_is_given_up(state: State, own: str, test_run: hostguard.Run) -> None:
+    crash(state, "row", own)
+    key = next(keys_of(own))
     assert useradd(f"pactown_{key}", test_run.uids[1]) == 0
-    user = state.users.get_or_create("auth0|123456")
+    user = state.users.get_or_create(own)
     assert_whole(state, user)
     assert len(user.key) == 9
 
@@ -410,25 +435,25 @@ def complaints(names: list[str]) -> list[str]:
 
 
 @pytest.mark.host
-def test_two_processes_beside_a_foreign_useradd(state: State, test_run: hostguard.Run) -> None:
+def test_two_processes_beside_a_foreign_useradd(state: State, foreign: str, test_run: hostguard.Run) -> None:
     stop = threading.Event()
 
     def keep_adding() -> Counter[int]:
         codes: Counter[int] = Counter()
         while not stop.is_set():
-            codes[useradd("pactown_foreign", test_run.uids[1])] += 1
-            subprocess.run(["userdel", "pactown_foreign"], check=False, capture_output=True, timeout=60)
+            codes[useradd(foreign, test_run.uids[1])] += 1
+            subprocess.run(["userdel", foreign], check=False, capture_output=True, timeout=60)
         return codes
 
     children = [state.run(RACE, name) for name in ("one", "two")]
     with ThreadPoolExecutor(3) as pool:
-        foreign = pool.submit(keep_adding)
+        adding = pool.submit(keep_adding)
         try:
             outputs = list(pool.map(lambda child: child.communicate("\n", timeout=120)[0], children))
         finally:
             stop.set()
     assert [child.returncode for child in children] == [0, 0]
-    assert foreign.result()[0] > 0
+    assert adding.result()[0] > 0
     one, two = (json.loads(output.splitlines()[-1]) for output in outputs)
     shared = one.keys() & two.keys()
     assert len(shared) == 9
