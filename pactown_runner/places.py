@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from cgroups import Cgroup, Mount, delegated, find_mount, own_directory
@@ -84,24 +83,29 @@ def _step_aside(group: Cgroup) -> None:
 def _in_delegated_unit(mount: Mount, cgroup_slice: str) -> Cgroup:
     # The unit holds the tree apart from any supervisor: systemd cannot restart a unit that has live cgroups in it.
     unit = f"{cgroup_slice.removesuffix('.slice')}-sandboxes.service"
-    path = _control_group(unit)
-    if path is None:
-        _start_unit(unit, cgroup_slice, mount)
-        path = _control_group(unit)
-    if path is None:
+    path, installed = _look_at(unit)
+    if not path:
+        _start_unit(unit, cgroup_slice, mount, installed=installed)
+        path, _ = _look_at(unit)
+    if not path:
         raise TreeError(f"systemd started {unit}, and it ended at once", remedy=f"journalctl --unit={unit}")
     return Cgroup.open(mount.directory(PurePosixPath(path)))
 
 
-def _control_group(unit: str) -> str | None:
-    """Where a unit is in the tree, or None if it does not run."""
-    return _systemd("systemctl", "show", "--property=ControlGroup", "--value", unit).strip() or None
+def _look_at(unit: str) -> tuple[str, bool]:
+    """Where a unit is in the tree, "" if it does not run; and whether systemd has a file for it."""
+    shown = _systemd("systemctl", "show", "--property=ControlGroup,FragmentPath", unit)
+    values = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+    return values.get("ControlGroup", ""), bool(values.get("FragmentPath"))
 
 
-def _start_unit(unit: str, cgroup_slice: str, mount: Mount) -> None:
-    # Two at once: the second finds the unit there. A unit that failed is collected, so that its name is free again.
+def _start_unit(unit: str, cgroup_slice: str, mount: Mount, *, installed: bool) -> None:
+    if installed:
+        _systemd("systemctl", "start", unit)
+        return
+    # As in deploy/pactown-sandboxes.service. One that failed is collected, so that its name is free again.
     properties = ("Type=notify", "NotifyAccess=all", "Delegate=yes", "OOMPolicy=continue", "TasksMax=infinity")
-    with suppress(TreeError):
+    try:
         _systemd(
             "systemd-run",
             "--quiet",
@@ -112,9 +116,10 @@ def _start_unit(unit: str, cgroup_slice: str, mount: Mount) -> None:
             *(f"--property={text}" for text in properties),
             *("/bin/sh", "-c", _KEEP, "keep", str(mount.path)),
         )
-        return
-    if _control_group(unit) is None:
-        raise TreeError(f"systemd did not start {unit}", remedy=f"systemctl status {unit}")
+    except TreeError:
+        # Of two that start it at once the second finds it there.
+        if not _look_at(unit)[0]:
+            raise
 
 
 def _systemd(*command: str) -> str:
