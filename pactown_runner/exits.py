@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .outcomes import ExitStatus
 
-__all__ = ["reap", "reap_foreign"]
+__all__ = ["reap", "reap_foreign", "reap_late"]
 
 _INFO = struct.Struct("<QQ11Ii")
 """`struct pidfd_info` as Linux 6.15 has it: mask, cgroup id, pids and ids, exit status as of `wait(2)`."""
@@ -25,21 +25,36 @@ _PATIENCE = 0.1
 _PAUSE = 0.001
 
 
-def reap(pidfd: int) -> ExitStatus:
-    """Take the exit status of a child of ours that has ended.
+def reap(pidfd: int) -> ExitStatus | None:
+    """Take the exit status of a child of ours; None if it has not ended, or is not to be had yet.
+
+    A process that another one traces is shown to its tracer first, and to its parent when that one lets go of it
+    (ptrace(2)). So its end may be seen long before it can be waited for.
 
     Raises:
         ChildProcessError: it is not, or no longer, a child of ours.
     """
-    ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    assert ended is not None
+    ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    if ended is None:
+        return None
     if ended.si_code == os.CLD_EXITED:
         return ExitStatus(exit_code=ended.si_status)
     return ExitStatus(signal=ended.si_status)
 
 
+def reap_late(pids: set[int]) -> None:
+    """Reap those of our children that can be reaped by now, and take them out of the set."""
+    for pid in list(pids):
+        try:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is None:
+                continue
+        except ChildProcessError:  # somebody else was faster
+            pass
+        pids.discard(pid)
+
+
 def reap_foreign(pidfd: int, pid: int) -> ExitStatus:
-    """Take the exit status of somebody else's child that has ended, if the kernel still tells; blocking.
+    """Take the exit status of a process that has ended and cannot be waited for, if the kernel still tells; blocking.
 
     Args:
         pidfd: stays the caller's.

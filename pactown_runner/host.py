@@ -37,6 +37,8 @@ class Host:
     """The registry without waiting, for the event loop: what cannot be had at once is left to a thread."""
     known: dict[str, IsolatedUser] = field(default_factory=dict)
     """Users by id, as last seen. That one still is what it was only a claim tells."""
+    unreaped: set[int] = field(default_factory=set)
+    """Children that have ended, or will, and that another process traces: it decides when they can be reaped."""
 
     async def in_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         """Do what may block in one of the supervisor's own threads, which nothing else can keep busy.

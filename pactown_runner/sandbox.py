@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
@@ -47,6 +48,9 @@ PRESSURE_AFTER = 2.0
 
 NOTICE_PAUSES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 """Seconds between looks at a cgroup that has just been killed; the kernel's notice may be held back for 10 ms."""
+
+END_TIMEOUT = 30.0
+"""Seconds in which what was killed must be gone. Only what waits for a dead disk takes longer than milliseconds."""
 
 RETRY_PAUSE = 0.1
 """Seconds until the next try to end a sandbox, where that failed for want of descriptors, say."""
@@ -426,12 +430,24 @@ class Sandbox:
         if self._pidfd is None:
             return ExitStatus()
         try:
-            return reap(self._pidfd)
+            return reap(self._pidfd) or await self._reap_patiently(self._pidfd)
         except ChildProcessError:
             # Not our child: a dead supervisor's, or somebody reaped it although it was not his.
             return await self._host.in_thread(reap_foreign, self._pidfd, self._pid)
         finally:
             self._close_pidfd()
+
+    async def _reap_patiently(self, pidfd: int) -> ExitStatus:
+        """Take the status of what is just ending, of what is shown to its tracer first, or of what escaped its end."""
+        # Whoever moved it out of its cgroup took it from under the kill.
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        with anyio.move_on_after(END_TIMEOUT):
+            await readable(pidfd)
+        if (status := reap(pidfd)) is None:
+            self._host.unreaped.add(self._pid)
+            status = await self._host.in_thread(reap_foreign, pidfd, self._pid)
+        return status
 
     async def _end_rest(self, held: Holdings) -> None:
         """Kill what outlived the first process or its time. Returns only when nothing runs any more."""

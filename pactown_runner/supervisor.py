@@ -18,6 +18,7 @@ from anyio import to_thread
 
 from .config import Settings
 from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError, TreeError
+from .exits import reap_late
 from .holdings import Run
 from .homes import SandboxFiles
 from .host import Host
@@ -132,7 +133,7 @@ class Supervisor:
     async def _close(self) -> None:
         """End everything. A cancellation meanwhile is raised when all is done: what would be left, nobody would see."""
         # From here on nothing can be started.
-        self._host = self._files = None
+        host, self._host, self._files = self._host, None, None
         ending = asyncio.ensure_future(self._end_all())
         cancelled: asyncio.CancelledError | None = None
         while not ending.done():
@@ -141,6 +142,9 @@ class Supervisor:
             except asyncio.CancelledError as error:
                 cancelled = error
         self._held.close()
+        if host is not None:
+            # With the tenants' processes their tracers have ended.
+            reap_late(host.unreaped)
         if cancelled is not None:
             raise cancelled
         ending.result()
@@ -287,6 +291,7 @@ class Supervisor:
             try:
                 await self._take_over(host)
                 await host.in_thread(forget_dead_owners, host)
+                reap_late(host.unreaped)
                 # The loop's own connection leaves this to us: it waits for the disk.
                 await host.in_thread(host.registry.checkpoint)
             except Exception:
