@@ -88,7 +88,9 @@ STALLS = {
 
 
 @pytest.mark.parametrize("resource", ["memory", "cpu"])
-async def test_pressure_is_told_within_two_seconds(supervisor: Supervisor, measured: Measure, resource: str) -> None:
+async def test_pressure_is_told_within_two_seconds_of_stall(
+    supervisor: Supervisor, measured: Measure, resource: str
+) -> None:
     limits, source = STALLS[resource]
     sandbox = await supervisor.start(spec(python(source), stdin=True, limits=limits))
     await line_of(sandbox)
@@ -101,11 +103,12 @@ async def test_pressure_is_told_within_two_seconds(supervisor: Supervisor, measu
         assert not watch.wait(0.5)
         loop.add_reader(watch.fileno(), heard.set)
         try:
+            before, began = watch.read(), time.monotonic()
             await sandbox.send(b"\n")
-            began = time.monotonic()
-            await asyncio.wait_for(heard.wait(), 2)
+            await soon(heard.wait())
             measured("s until it was told", time.monotonic() - began)
-            assert watch.read().total_usec > 0  # the kernel's own look at it was a moment earlier, or later
+            # By the stall itself, not by the clock: a guest whose host is busy may begin to stall late.
+            assert watch.read().total_usec - before.total_usec < 2_000_000
         finally:
             loop.remove_reader(watch.fileno())
         # It stalls on, and the next window tells again.
