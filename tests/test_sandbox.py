@@ -237,7 +237,7 @@ async def test_a_program_that_hides_and_stops_itself_is_gone(supervisor: Supervi
         await eventually(lambda: any("T (stopped)" in Path(f"/proc/{p}/status").read_text() for p in processes_of(uid)))
         begin = time.monotonic()
         outcome = await soon(sandbox.stop(grace=0.2))
-        assert 0.2 <= time.monotonic() - begin < 2
+        assert 0.2 <= time.monotonic() - begin < 4
         assert processes_of(uid) == {}
         assert outcome.reason == "stopped"
         assert outcome.survivors_killed == 2
@@ -251,7 +251,7 @@ async def test_a_program_behind_a_shell_gets_its_sigterm(supervisor: Supervisor)
     outcome = await soon(sandbox.stop(grace=10))
     assert (outcome.reason, outcome.survivors_killed) == ("stopped", 0)
     assert await lines(sandbox) == ["ready", "asked to end"]
-    assert outcome.wall_seconds < 5
+    assert outcome.wall_seconds < 9
 
 
 @each_loop
@@ -285,7 +285,7 @@ async def test_many_may_stop_it_at_once(supervisor: Supervisor, settings: Settin
         graces = [30, 0.2, 5, None]
         outcomes = await soon(asyncio.gather(*(sandbox.stop(grace=grace) for grace in graces)))
         # The least patient one decides.
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 4.5
         assert all(outcome is outcomes[0] for outcome in outcomes)
         assert await sandbox.stop() is outcomes[0]
         assert await sandbox.kill() is outcomes[0]
@@ -302,7 +302,7 @@ async def test_a_stop_goes_on_without_its_caller(supervisor: Supervisor, setting
             await asyncio.wait_for(sandbox.stop(grace=0.3), 0.05)
         assert sandbox.outcome is None
         outcome = await soon(sandbox.wait())
-        assert 0.3 <= time.monotonic() - begin < 2
+        assert 0.3 <= time.monotonic() - begin < 4
         assert outcome.reason == "stopped"
 
 
@@ -310,7 +310,7 @@ async def test_a_patient_stop_returns_as_soon_as_all_is_over(supervisor: Supervi
     sandbox = await supervisor.start(spec(["sleep", "1000"]))
     outcome = await soon(sandbox.stop(grace=1000))
     assert (outcome.reason, outcome.signal, outcome.survivors_killed) == ("stopped", 15, 0)
-    assert outcome.wall_seconds < 5
+    assert outcome.wall_seconds < 9
 
 
 @pytest.mark.parametrize("grace", [-1, float("nan"), float("inf")])
@@ -326,7 +326,7 @@ async def test_a_spec_may_bring_its_own_grace_time(supervisor: Supervisor) -> No
     await line_of(sandbox)
     begin = time.monotonic()
     await soon(sandbox.stop())
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 4  # without it, it would be 5
 
 
 # ---- Processes that run away
@@ -427,7 +427,8 @@ async def test_nothing_of_a_random_tree_survives_its_stop(supervisor: Supervisor
 @pytest.mark.parametrize("grace", [0, 0.05])
 async def test_a_fork_bomb_ends(supervisor: Supervisor, grace: float) -> None:
     bomb = """
-import os, signal
+import os, resource, signal
+resource.setrlimit(resource.RLIMIT_NPROC, (24, 24))  # what init has yet to reap counts, too
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("ready", flush=True)
 while True:
@@ -437,9 +438,9 @@ while True:
     except OSError:
         pass
 """
-    sandbox = await supervisor.start(spec(["sh", "-c", 'ulimit -u 60; exec "$0" "$@"', *python(bomb)]))
+    sandbox = await supervisor.start(spec(python(bomb)))
     await line_of(sandbox)
-    await eventually(lambda: len(processes_of(sandbox.user.linux_uid)) > 10)
+    await eventually(lambda: len(processes_of(sandbox.user.linux_uid)) > 3)
     outcome = await soon(sandbox.stop(grace=grace))
     assert (outcome.reason, outcome.signal) == ("stopped", 9)
     assert outcome.survivors_killed > 1
