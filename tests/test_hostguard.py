@@ -30,7 +30,8 @@ LEAKER = """
     def test_makes_one_of_each_and_is_cut_short(pytestconfig):
         run = pytestconfig.stash[hostguard.RUN]
         uid = run.uids[0]
-        login = f"pactown_{uid}guard"
+        mark = run.name[-6:]  # slots are handed on: by their uids one could take another run's things for these
+        login = f"pactown_guard{mark}"
         subprocess.run(
             ["useradd", "--system", "--no-create-home", "--user-group", "--uid", str(uid),
              "-K", f"SYS_UID_MIN={uid}", "-K", f"SYS_GID_MIN={uid}", "-K", f"SYS_GID_MAX={uid + 9}", login],
@@ -49,13 +50,14 @@ LEAKER = """
         mount = run.directory / "mount"
         mount.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "none", mount], check=True)
-        files = [Path("/dev/shm") / f"{run.name}-guard", Path("/tmp", f"guard-{uid}")]
+        files = [Path("/dev/shm") / f"{run.name}-guard", Path("/tmp", f"guard-{mark}")]
         for path in files:
             path.write_text("left")
         os.chown(files[1], uid, uid)
-        subprocess.run(["ipcmk", "-M", "4096"], user=uid, extra_groups=[], capture_output=True, check=True)
+        made = subprocess.run(["ipcmk", "-M", "4096"], user=uid, extra_groups=[], capture_output=True, check=True)
         print(json.dumps({
             "run": run.name, "uid": uid, "login": login, "cgroup": str(cgroup.parent), "mount": str(mount),
+            "shmid": int(made.stdout.split()[-1]),
             "pids": [proc.pid for proc in procs.values()], "files": [*map(str, files), str(run.directory)],
         }), file=sys.__stderr__, flush=True)
         HOW_IT_ENDS
@@ -68,6 +70,7 @@ class Left:
 
     uid: int
     login: str
+    shmid: int
     cgroup: str
     mount: str
     pids: list[int]
@@ -80,7 +83,7 @@ class Left:
         if self.mount in Path("/proc/self/mountinfo").read_text():
             found.append(self.mount)
         shm = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
-        return found + [f"shm {row[1]}" for row in shm if int(row[7]) == self.uid]
+        return found + [f"shm {row[1]}" for row in shm if int(row[1]) == self.shmid]
 
 
 def _runs(pid: int) -> bool:
@@ -198,8 +201,8 @@ def test_the_next_run_removes_what_a_killed_run_made_and_nothing_of_a_living_one
         assert dead.still_there() == []
         assert alive.still_there() == before
         living.process.send_signal(signal.SIGINT)
-        living.end()
-    assert alive.still_there() == []
+        output = living.end()[1]
+    assert alive.still_there() == [], output
 
 
 def test_a_run_that_leaves_nothing_passes(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from pactown_runner.launcher import Directory
 from pactown_runner.models import IsolatedUser
 from pactown_runner.supervisor import Supervisor
 from tests.files.helpers import OTHER, SERVICE, USER, job_scopes, start_as_tenant, until
+from tests.supervising import processes_of
 
 pytestmark = pytest.mark.host
 
@@ -41,12 +42,6 @@ def host(supervisor: Supervisor) -> Host:
 @pytest.fixture
 async def user(supervisor: Supervisor) -> IsolatedUser:
     return await supervisor.users.get_or_create(USER)
-
-
-def running(user: IsolatedUser) -> bytes:
-    """The tenant's processes; those that init has yet to reap do not count."""
-    command = ["pgrep", "--runstates", "D,R,S,T,t", "-u", str(user.linux_uid)]
-    return subprocess.run(command, capture_output=True, check=False).stdout
 
 
 async def in_thread(call: Callable[[], object]) -> object:
@@ -83,7 +78,7 @@ async def test_what_a_job_forked_ends_with_it(host: Host, user: IsolatedUser) ->
             raise ZeroDivisionError
 
     await in_thread(leave_children)
-    assert running(user) == b""
+    assert processes_of(user.linux_uid) == {}
 
 
 async def test_a_job_that_cannot_start_leaves_nothing(host: Host, user: IsolatedUser) -> None:
@@ -249,7 +244,7 @@ async def test_after_a_crash_the_next_owner_ends_what_is_left(settings: Settings
         inside = user.home_dir / "sandboxes" / SERVICE
         assert not (inside / "f").exists()
         await supervisor.files.put(USER, SERVICE, b"x", "f")
-    assert running(user) == b""
+    assert processes_of(user.linux_uid) == {}
 
 
 def _job_scopes(supervisor: Supervisor, key: str) -> list[str]:

@@ -76,7 +76,8 @@ def hide_proc() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if (
         libc.unshare(CLONE_NEWNS) != 0
-        or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) != 0
+        # Not "/", which is no mount point in a chroot.
+        or libc.mount(b"none", b"/proc", None, MS_REC | MS_PRIVATE, None) != 0
         or libc.mount(b"none", b"/proc", b"tmpfs", 0, None) != 0
     ):
         raise OSError(ctypes.get_errno(), "cannot hide /proc")

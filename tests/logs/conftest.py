@@ -84,7 +84,7 @@ async def gather(reading: AsyncIterator[LogRecord]) -> list[int]:
     return [record.seq async for record in reading]
 
 
-async def soon(work: Coroutine[Any, Any, T], seconds: float = 10) -> T:
+async def soon(work: Coroutine[Any, Any, T], seconds: float = 30) -> T:
     """Await `work`, and fail rather than hang."""
     return await asyncio.wait_for(work, seconds)
 
