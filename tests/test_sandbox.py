@@ -550,7 +550,7 @@ async def test_one_that_cannot_be_ended_for_want_of_descriptors_is_not_forgotten
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with leaves_nothing(settings):
-        sandbox = await supervisor.start(spec("setsid sleep 1000 & echo ready; sleep 1000"))
+        sandbox = await supervisor.start(spec("setsid sleep 1000 & sleep 1000 & echo ready; wait"))
         await line_of(sandbox)
         # What is open stays open.
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
