@@ -211,6 +211,14 @@ class Cgroup:
             return 0
         return processes.signal_all(self.fd, number)
 
+    def kill_tracers(self, within: Cgroup) -> int:
+        """Kill what traces processes of this cgroup (ptrace(2)), if it is in or below `within`; returns how many.
+
+        For what does not end though it was killed: a tracer that asked for PTRACE_EVENT_EXIT and does not answer keeps
+        it from ending, and from Linux 6.0 on no further SIGKILL gets through to it.
+        """
+        return processes.kill_tracers(self.fd, within.fd)
+
     # Events
 
     def watch(self, *, memory: bool = True) -> Watch:

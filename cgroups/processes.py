@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from . import files
 from .directories import child_names, open_directory
 from .errors import CgroupError, GoneError, NotSupportedError, WaitTimeoutError
 
-__all__ = ["list_pids", "signal_all"]
+__all__ = ["kill_tracers", "list_pids", "signal_all"]
 
 _BATCH = 64  # pidfds held at one time, so that a crowd does not use up our descriptors
 _MAX_ROUNDS = 50
@@ -81,6 +82,42 @@ def signal_all(dir_fd: int, number: int) -> int:
         f"cannot signal all of {files.directory_path(dir_fd)}: new processes keep appearing",
         remedy="freeze the cgroup first, or kill it as a whole",
     )
+
+
+def kill_tracers(dir_fd: int, within_fd: int) -> int:
+    """Kill what traces a process of one cgroup, ptrace(2), and is itself in another one; returns how many that were.
+
+    Tracers of those tracers, and so on, are killed as well.
+
+    Raises:
+        GoneError: one of the two was removed.
+        CgroupError: the kernel forbids it.
+    """
+    tracers: set[int] = set()
+    new = _tracers_of(int(tid) for tid in files.read(dir_fd, "cgroup.threads").split())
+    while new:
+        tracers |= new
+        new = {tracer for pid in new for tracer in _tracers_of(_threads_of(pid))} - tracers
+    return sum(1 for _ in _signal_batch(within_fd, list(tracers), signal.SIGKILL))
+
+
+def _threads_of(pid: int) -> Iterable[int]:
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _tracers_of(tids: Iterable[int]) -> set[int]:
+    """Who traces these threads: proc_pid_status(5), which knows a thread by its own id as well."""
+    found = set()
+    for tid in tids:
+        try:
+            status = Path(f"/proc/{tid}/status").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        found.add(int(status.partition(b"\nTracerPid:")[2].split(maxsplit=1)[0]))
+    return found - {0}
 
 
 def _signal_batch(dir_fd: int, pids: list[int], number: int) -> Iterator[int]:

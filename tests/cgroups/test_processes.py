@@ -184,3 +184,26 @@ def test_waiting_for_the_end_times_out(group: Cgroup, start: Start) -> None:
     process.wait()
     group.wait_empty(10)
     group.wait_empty(0)
+
+
+@pytest.mark.host
+def test_tracers_are_killed_only_within(group: Cgroup, start: Start) -> None:
+    """Else the one that is killed would wait for its tracer's word for ever."""
+    with group.child("traced.scope", create=True) as traced, group.child("tracer.scope", create=True) as tracer:
+        victim = start(IDLE, traced)
+        code = (
+            "import ctypes, time; libc = ctypes.CDLL(None); libc.ptrace.argtypes = [ctypes.c_long] * 4;"
+            f"assert libc.ptrace(0x4206, {victim.pid}, 0, 0x40) == 0; print(str(), flush=True); time.sleep(1000)"
+        )
+        holder = start(f"echo ready; exec /usr/bin/python3 -c '{code}'", tracer)
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+        traced.kill()
+        with pytest.raises(WaitTimeoutError):
+            traced.wait_empty(0.2)
+        assert traced.kill_tracers(traced) == 0
+        with pytest.raises(WaitTimeoutError):
+            traced.wait_empty(0.1)
+        assert traced.kill_tracers(group) == 1
+        traced.wait_empty(10)
+        assert victim.wait() == holder.wait() == -signal.SIGKILL
