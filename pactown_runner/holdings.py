@@ -23,8 +23,8 @@ from typing import NamedTuple, Self, TypeVar
 from cgroups import Cgroup, CgroupError, ExistsError, GoneError, Stats
 
 from .database import BusyError
-from .errors import AccountError, NotFoundError, StateError
-from .host import Host
+from .errors import AccountError, NotFoundError, RegistryError, StateError
+from .host import Claim, Host
 from .logs import LogPaths, LogPump
 from .main_process import Main
 from .models import IsolatedUser, SandboxSpec
@@ -106,8 +106,9 @@ class Holdings:
         try:
             host.users.verify(user)
             return cls._take_for(host, run, user, host.quick)
-        except (AccountError, BusyError, NotFoundError):
-            # Perhaps the user was removed meanwhile. The long way makes it anew, or says what is wrong.
+        except (AccountError, BusyError, ExistsError, NotFoundError):
+            # Perhaps a cgroup of that name has to be ended first, or the user was removed meanwhile. The long way does
+            # the one, and makes the other anew or says what is wrong.
             return None
 
     @classmethod
@@ -134,8 +135,8 @@ class Holdings:
                 created_at=run.started_at,
             )
             registry.claim(row)
-            undo.callback(host.registry.release, *held._claim)
-            held.cgroup = held._make_cgroup()
+            undo.callback(host.release, held.claim)
+            held.cgroup = held._make_cgroup(patient=registry is host.registry)
             undo.callback(held._remove_cgroup)
             limits = host.settings.default_limits if spec.limits is None else spec.limits
             held.limits = host.tree.limit(user.key, held.cgroup, limits)
@@ -167,14 +168,17 @@ class Holdings:
         return f"/{slice_name(self.user.key)}/{self._run.spec.service_id}.scope"
 
     @property
-    def _claim(self) -> tuple[str, str, str]:
+    def claim(self) -> Claim:
+        """What names it in the registry."""
         return self.user.key, self._run.spec.service_id, self._run.run_id
 
-    def _make_cgroup(self) -> Cgroup:
-        tree, (key, service_id, run_id) = self._host.tree, self._claim
+    def _make_cgroup(self, *, patient: bool) -> Cgroup:
+        tree, (key, service_id, run_id) = self._host.tree, self.claim
         try:
             return tree.scope(key, service_id, run_id)
         except ExistsError:
+            if not patient:
+                raise
             # The claim is ours, so what is there under this name is nobody's.
             tree.end_scope(slice_name(key), f"{service_id}.scope")
             return tree.scope(key, service_id, run_id)
@@ -224,12 +228,18 @@ class Holdings:
         """Remove the cgroup, in which nothing runs any more, then the claim. The log is finished, or left behind."""
         self._remove_cgroup()
         try:
-            self._host.quick.release(*self._claim)
-        except BusyError:
-            await self._host.in_thread(self._host.registry.release, *self._claim)
+            self._host.quick.release(*self.claim)
+        except RegistryError:
+            await self._host.in_thread(self._host.release, self.claim)
+
+    def kill_tracers(self) -> None:
+        """Kill those of the tenant's processes that may keep from ending what was killed; blocking."""
+        with self._host.tree.slice(self.user.key) as slice_:
+            if count := self.cgroup.kill_tracers(slice_):
+                _log.warning("killed %d processes that traced what is to end in %s", count, self.cgroup.path)
 
     def let_go(self) -> None:
-        """Kill without waiting; the registry keeps its row, and the next owner finishes what is left."""
+        """Kill without waiting; the registry keeps its row, and whoever comes next finishes what is left."""
         with self.cgroup, contextlib.suppress(CgroupError):
             self.cgroup.kill()
         self.pump.detach()

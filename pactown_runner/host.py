@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar, TypeVarTuple
 
 from .config import Settings
+from .errors import RegistryError
 from .logs import LogHub
 from .models import IsolatedUser
 from .owners import Owner
@@ -16,7 +18,12 @@ from .registry import Registry
 from .trees import Tree
 from .users import Users
 
-__all__ = ["Host"]
+__all__ = ["Claim", "Host"]
+
+_log = logging.getLogger(__name__)
+
+Claim = tuple[str, str, str]
+"""What names a run in the registry: the tenant's key, the service, the run's own id."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -39,6 +46,17 @@ class Host:
     """Users by id, as last seen. That one still is what it was only a claim tells."""
     unreaped: set[int] = field(default_factory=set)
     """Children that have ended, or will, and that another process traces: it decides when they can be reaped."""
+
+    unfinished: dict[Claim, None] = field(default_factory=dict)
+    """Runs of ours that nobody looks after any more, and whose end could not be brought about, or written down."""
+
+    def release(self, claim: Claim) -> None:
+        """Give a run's name free, now or later; blocking. Nothing of the run is left."""
+        try:
+            self.registry.release(*claim)
+        except RegistryError as error:
+            _log.error("cannot write down yet that run %s of %s has ended: %s", claim[2], claim[1], error)
+            self.unfinished[claim] = None
 
     async def in_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         """Do what may block in one of the supervisor's own threads, which nothing else can keep busy.

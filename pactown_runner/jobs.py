@@ -15,6 +15,7 @@ import io
 import os
 import secrets
 import select
+import signal
 import subprocess
 import threading
 import time
@@ -25,11 +26,11 @@ from typing import TYPE_CHECKING
 from cgroups import Cgroup, CgroupError, GoneError
 
 from .errors import FilesError, RunnerError, StateError
-from .host import Host
+from .host import Claim, Host
 from .launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_popen
 from .models import IsolatedUser
 from .registry import SandboxRow
-from .trees import slice_name
+from .trees import end_all, slice_name
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -39,12 +40,14 @@ __all__ = ["JOB_TIMEOUT", "Job", "Stop", "job"]
 JOB_TIMEOUT = 600.0
 """Seconds of wall time for a job. A tenant can stop its own job, and would keep one of our threads for ever."""
 
-END_TIMEOUT = 30.0
-"""Seconds in which a killed job must be gone. Only one that waits for a dead disk takes longer than milliseconds."""
-
 STDERR_BYTES = 65536
 """What a job may write to its standard error."""
 
+REAP_PATIENCE = 1.0
+"""Seconds for a tenant's process that traces a job to let go of it when it has ended."""
+
+_LOOK_AGAIN = 500
+"""Milliseconds between two looks at whether a job was stopped: that it was killed need not mean that it ends."""
 _PIPE_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 18
 _ENVIRONMENT = {"PATH": DEFAULT_PATH, "LC_ALL": "C", "HOME": "/nonexistent"}
@@ -134,7 +137,7 @@ class Job:
                 view = view[os.write(self._pipes.ours_in, view) :]
             except BlockingIOError:
                 # Both at once: somebody else who holds the reading end must not keep us when the job is gone.
-                if {fd for fd, _ in self._writable.poll()} == {self._pidfd}:
+                if {fd for fd, _ in self._writable.poll(_LOOK_AGAIN)} == {self._pidfd}:
                     raise BrokenPipeError from None
 
     def wait(self) -> int:
@@ -144,9 +147,14 @@ class Job:
             FilesError: it was stopped.
         """
         self._pipes.close_stdin()
-        self._ended.poll()
+        while not self._ended.poll(_LOOK_AGAIN):
+            self._stop.check()
         self._stop.check()
-        return self._popen.wait()
+        try:
+            # Its end may have been shown to a tracer only, ptrace(2), who may keep it.
+            return self._popen.wait(REAP_PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise FilesError("another process of the tenant's traces the one that was started here") from None
 
     def message(self) -> str:
         """The first lines of what it wrote to its standard error. The tenant's word, made printable."""
@@ -186,7 +194,8 @@ class _Output(io.RawIOBase):
                 if ended:
                     self._stop.check()
                     return 0
-                ended = self._fd not in {fd for fd, _ in self._ready.poll()}
+                if ready := self._ready.poll(_LOOK_AGAIN):
+                    ended = self._fd not in {fd for fd, _ in ready}
 
 
 class _Pipes:
@@ -290,7 +299,7 @@ def job(
             # If it was stopped half-way, that is why it was not executed.
             stop.check()
             raise
-        held.callback(_end, scope, popen)
+        held.callback(_end, host, scope, popen)
         pipes.close_theirs()
         running = Job(popen, stop, pipes)
         held.callback(running.close)
@@ -302,12 +311,15 @@ def _or_null(fd: int) -> int:
     return fd if fd >= 0 else subprocess.DEVNULL
 
 
-def _end(scope: Cgroup, popen: subprocess.Popen[bytes]) -> None:
+def _end(host: Host, scope: Cgroup, popen: subprocess.Popen[bytes]) -> None:
     """Kill and reap it. What cannot be killed now is told by `_empty`."""
     with contextlib.suppress(GoneError):
         scope.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        popen.wait(END_TIMEOUT)
+    try:
+        popen.wait(REAP_PATIENCE)
+    except subprocess.TimeoutExpired:
+        host.unreaped.add(popen.pid)
+        popen.returncode = -signal.SIGKILL  # not its destructor's business any more
 
 
 @contextmanager
@@ -315,6 +327,7 @@ def _scope(host: Host, user: IsolatedUser) -> Iterator[Cgroup]:
     """A claimed scope; emptied, removed and released at the end."""
     run_id = secrets.token_hex(8)
     name = f"_job-{run_id}"
+    claim = (user.key, name, run_id)
     host.registry.claim(
         SandboxRow(
             key=user.key,
@@ -330,22 +343,23 @@ def _scope(host: Host, user: IsolatedUser) -> Iterator[Cgroup]:
     try:
         scope = host.tree.scope(user.key, name, run_id)
     except BaseException:
-        host.registry.release(user.key, name, run_id)
+        host.release(claim)
         raise
     with scope:
         try:
             yield scope
         finally:
-            _empty(scope)
+            _empty(host, scope, claim)
             # Not in a `finally`: while something may run, the row has to say so.
-            host.registry.release(user.key, name, run_id)
+            host.release(claim)
 
 
-def _empty(scope: Cgroup) -> None:
+def _empty(host: Host, scope: Cgroup, claim: Claim) -> None:
     try:
         with contextlib.suppress(GoneError):
-            scope.kill()
-            scope.wait_empty(END_TIMEOUT)
+            with host.tree.slice(claim[0]) as slice_:
+                end_all(scope, slice_)
             scope.remove()
     except CgroupError as error:
+        host.unfinished[claim] = None
         raise StateError(f"a job could not be ended: {error.message}", remedy=error.remedy) from error

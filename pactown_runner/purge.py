@@ -178,6 +178,8 @@ class Purge:
     def _end_sandboxes(self) -> None:
         for slice_ in self._slices():
             with slice_:
+                with contextlib.suppress(CgroupError):
+                    slice_.kill()  # at once: one process that traces another could keep it from ending
                 for scope in slice_.children():
                     with scope, self._doing(f"sandbox {slice_.name}/{scope.name}"):
                         _end(scope)

@@ -10,16 +10,20 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from cgroups import GoneError
+from cgroups import CgroupError, GoneError
 
-from .host import Host
+from .errors import RunnerError
+from .host import Claim, Host
 from .logs import LogError, LogPaths, LogPump
 from .registry import SandboxRow
 from .trees import Scope, slice_name
 
-__all__ = ["Found", "claim_left_behind", "end_left_behind", "forget_dead_owners", "sweep"]
+__all__ = ["Found", "claim_left_behind", "end_left_behind", "end_unfinished", "forget_dead_owners", "sweep"]
 
 _log = logging.getLogger(__name__)
+
+END_PATIENCE = 2.0
+"""Seconds for one to be gone that was killed. Others wait meanwhile; its own turn comes again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,11 @@ class Found:
 
     row: SandboxRow
     scope: Scope | None
+
+    @property
+    def claim(self) -> Claim:
+        """What names it in the registry."""
+        return self.row.key, self.row.service_id, self.row.run_id
 
 
 def claim_left_behind(host: Host, *, services: bool) -> list[Found]:
@@ -55,18 +64,41 @@ def claim_left_behind(host: Host, *, services: bool) -> list[Found]:
     return found
 
 
-async def end_left_behind(host: Host, found: Found) -> None:
-    """Kill what still runs of it, write down what it had printed, and give its name free."""
-    row = found.row
-    if not await host.in_thread(_is_ours, host, row):
+async def end_left_behind(host: Host, claim: Claim) -> bool:
+    """Kill what still runs of it, write down what it had printed, and give its name free.
+
+    False if that cannot be done now; it is then left to `end_unfinished`.
+    """
+    try:
+        await _end(host, *claim)
+    except (RunnerError, CgroupError, OSError) as error:
+        _log.error("cannot end run %s of %s yet: %s", claim[2], claim[1], error)
+        # Behind the others: each of them gets its turn.
+        host.unfinished.pop(claim, None)
+        host.unfinished[claim] = None
+        return False
+    host.unfinished.pop(claim, None)
+    return True
+
+
+async def end_unfinished(host: Host) -> None:
+    """Try once more to end what could not be ended before, up to the first that still cannot be."""
+    for claim in list(host.unfinished):
+        if not await end_left_behind(host, claim):
+            break
+
+
+async def _end(host: Host, key: str, service_id: str, run_id: str) -> None:
+    if not await host.in_thread(_is_ours, host, key, service_id, run_id):
         return
     # Its output first: what waits in a FIFO is gone with the last process that holds it open.
-    pump = await host.in_thread(_open_log, host, row.key, row.service_id, row.run_id)
+    pump = await host.in_thread(_open_log, host, key, service_id, run_id)
     try:
-        await host.in_thread(host.tree.end_scope, slice_name(row.key), f"{row.service_id}.scope")
+        where = (slice_name(key), f"{service_id}.scope")
+        await host.in_thread(lambda: host.tree.end_scope(*where, timeout=END_PATIENCE))
     finally:
         await _finish_log(pump)
-    await host.in_thread(host.registry.release, row.key, row.service_id, row.run_id)
+    await host.in_thread(host.registry.release, key, service_id, run_id)
 
 
 async def sweep(host: Host) -> None:
@@ -86,10 +118,10 @@ def forget_dead_owners(host: Host) -> None:
             host.owner.remove(owner_id)
 
 
-def _is_ours(host: Host, row: SandboxRow) -> bool:
+def _is_ours(host: Host, key: str, service_id: str, run_id: str) -> bool:
     """Whether we still answer for it. If not, its name may be another run's by now."""
-    claimed = host.registry.row(row.key, row.service_id)
-    return claimed is not None and (claimed.run_id, claimed.owner) == (row.run_id, host.owner.owner_id)
+    claimed = host.registry.row(key, service_id)
+    return claimed is not None and (claimed.run_id, claimed.owner) == (run_id, host.owner.owner_id)
 
 
 def _open_log(host: Host, key: str, service_id: str, run_id: str) -> LogPump | None:

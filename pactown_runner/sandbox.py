@@ -30,6 +30,7 @@ from .main_process import Main
 from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, Reason, SandboxSpec, State
 from .outcomes import ExitStatus, outcome_of
 from .programs import launch_spec
+from .trees import END_TIMEOUT, TRACER_PATIENCE
 from .waiting import readable
 
 __all__ = ["Sandbox"]
@@ -48,9 +49,6 @@ PRESSURE_AFTER = 2.0
 
 NOTICE_PAUSES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 """Seconds between looks at a cgroup that has just been killed; the kernel's notice may be held back for 10 ms."""
-
-END_TIMEOUT = 30.0
-"""Seconds in which what was killed must be gone. Only what waits for a dead disk takes longer than milliseconds."""
 
 RETRY_PAUSE = 0.1
 """Seconds until the next try to end a sandbox, where that failed for want of descriptors, say."""
@@ -406,7 +404,11 @@ class Sandbox:
         # From here on nobody else uses the cgroup, which is about to go.
         self._given_back = True
         self._state = State.STOPPING
-        await self._end_rest(held)
+        try:
+            await self._end_rest(held)
+        except StateError:
+            self._leave_unfinished(held)
+            raise
         wall_seconds = time.monotonic() - self._began
         self.close_stdin()
         try:
@@ -450,20 +452,39 @@ class Sandbox:
         return status
 
     async def _end_rest(self, held: Holdings) -> None:
-        """Kill what outlived the first process or its time. Returns only when nothing runs any more."""
+        """Kill what outlived the first process or its time. Returns only when nothing runs any more.
+
+        Raises:
+            StateError: something that was killed is not gone after `END_TIMEOUT` seconds.
+        """
+        deadline = anyio.current_time() + END_TIMEOUT
         while True:
             try:
-                if held.cgroup.populated():
-                    self._survivors = await self._host.in_thread(kill_rest, held.cgroup)
+                if not held.cgroup.populated():
+                    return
+                killed = await self._host.in_thread(kill_rest, held.cgroup)
+                self._survivors = self._survivors or killed
+                with anyio.move_on_after(TRACER_PATIENCE):
                     await _emptied(held.cgroup)
+                    return
+                if anyio.current_time() > deadline:
+                    raise StateError(f"{self!r} was killed, and not all of it is gone after {END_TIMEOUT:g} s")
+                await self._host.in_thread(held.kill_tracers)
             except GoneError:
                 return
             except (CgroupError, OSError) as error:
                 # Such as too many open files. To give up would leave it running with nobody to know of it.
                 _log.error("cannot end %r yet: %s", self, error)
                 await anyio.sleep(RETRY_PAUSE)
-            else:
-                return
+
+    def _leave_unfinished(self, held: Holdings) -> None:
+        """Something of it is there, and cannot be ended now: its name stays taken until it is."""
+        held.let_go()
+        self.close_stdin()
+        if self._pidfd is not None:
+            self._host.unreaped.add(self._pid)
+            self._close_pidfd()
+        self._host.unfinished[held.claim] = None
 
     def _close_pidfd(self) -> None:
         if self._pidfd is not None:

@@ -26,7 +26,7 @@ from .logs import LogHub, LogPaths, read_log
 from .models import IsolatedUser, LogRecord, Outcome, SandboxSpec, check_service_id
 from .outcomes import failed_to_start
 from .owners import Owner
-from .recovery import Found, claim_left_behind, end_left_behind, forget_dead_owners, sweep
+from .recovery import Found, claim_left_behind, end_left_behind, end_unfinished, forget_dead_owners, sweep
 from .registry import Kind, Registry
 from .sandbox import Sandbox
 from .trees import open_tree
@@ -290,6 +290,7 @@ class Supervisor:
             await anyio.sleep(self.settings.takeover_interval)
             try:
                 await self._take_over(host)
+                await end_unfinished(host)
                 await host.in_thread(forget_dead_owners, host)
                 reap_late(host.unreaped)
                 # The loop's own connection leaves this to us: it waits for the disk.
@@ -303,7 +304,7 @@ class Supervisor:
         for found in await host.in_thread(lambda: claim_left_behind(host, services=services)):
             adopt = found.row.kind == "service" and found.scope is not None and self.settings.on_crash == "adopt"
             if not (adopt and await self._adopt(host, found)):
-                await end_left_behind(host, found)
+                await end_left_behind(host, found.claim)
 
     async def _adopt(self, host: Host, found: Found) -> bool:
         """Go on with a service. False if that cannot be done, and it has to be ended."""

@@ -9,6 +9,7 @@ children takes no process itself (Documentation/admin-guide/cgroup-v2.rst, "No I
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,12 +20,19 @@ from cgroups import (
     CgroupError,
     GoneError,
     Limits,
+    WaitTimeoutError,
 )
 
 from .errors import LimitsError, TreeError
 from .places import enable_wanted, find_place
 
-__all__ = ["Scope", "Tree", "apply_limits", "open_tree", "slice_name"]
+__all__ = ["END_TIMEOUT", "TRACER_PATIENCE", "Scope", "Tree", "apply_limits", "end_all", "open_tree", "slice_name"]
+
+END_TIMEOUT = 30.0
+"""Seconds in which what was killed must be gone. Only what waits for a dead disk takes longer than milliseconds."""
+
+TRACER_PATIENCE = 0.5
+"""Seconds for a tracer's word on the end of what it traces, ptrace(2), before the tracer is killed, too."""
 
 _ON_DEMAND = frozenset({"cpuset"})
 """Enabled with the first limit that needs it: it counts nothing, and its global lock makes starts in cgroups slower."""
@@ -135,11 +143,15 @@ class Tree:
             return True
         return False
 
-    def end_scope(self, slice_: str, name: str, run_id: str | None = None) -> bool:
+    def end_scope(self, slice_: str, name: str, run_id: str | None = None, timeout: float = END_TIMEOUT) -> bool:
         """Kill what runs in a scope, and remove it; blocking. False if it is not there, or is another run's.
 
         Args:
             run_id: end it only if it was made for this run, or for none that was written down.
+            timeout: seconds.
+
+        Raises:
+            CgroupError: it cannot be ended, see `end_all`, or not removed.
         """
         try:
             scope = self.open_scope(slice_, name)
@@ -149,8 +161,8 @@ class Tree:
             if run_id is not None and (scope.marks(_RUN) or run_id.encode()) != run_id.encode():
                 return False
             while True:
-                scope.kill()
-                scope.wait_empty()
+                with self.root.child(slice_) as parent:
+                    end_all(scope, parent, timeout)
                 try:
                     scope.remove()
                 except GoneError:
@@ -210,6 +222,27 @@ class Tree:
 def slice_name(key: str) -> str:
     """The name of the slice of the tenant with this key."""
     return f"pactown-{key}.slice"
+
+
+def end_all(scope: Cgroup, slice_: Cgroup, timeout: float = END_TIMEOUT) -> None:
+    """Kill what runs in a scope, and return when nothing of it does any more; blocking.
+
+    A process of the same tenant that traces it can keep it from ending, and is then killed as well.
+
+    Raises:
+        WaitTimeoutError: not all of it was gone within `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        scope.kill()
+        try:
+            scope.wait_empty(min(TRACER_PATIENCE, timeout))
+        except WaitTimeoutError:
+            if time.monotonic() >= deadline:
+                raise
+            scope.kill_tracers(slice_)
+        else:
+            return
 
 
 def apply_limits(group: Cgroup, limits: Limits) -> dict[str, str]:
