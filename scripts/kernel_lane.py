@@ -17,6 +17,7 @@ import io
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -103,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--junit", type=Path, default=TOP / ".cache" / "kernel-junit.xml", help="where the report goes")
     parser.add_argument("args", nargs="*", help="further arguments for pytest")
     options = parser.parse_args(argv)
+    # As control-C does: the guest must not outlive whoever started it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if options.can_run:
         problem = why_not()
         print(problem or "the kernel lane can run here")
