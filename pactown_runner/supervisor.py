@@ -281,7 +281,9 @@ class Supervisor:
             await asyncio.wait([stopping])
 
     def _forget(self, sandbox: Sandbox) -> None:
-        del self._sandboxes[sandbox.user_id, sandbox.service_id]
+        name = (sandbox.user_id, sandbox.service_id)
+        if self._sandboxes.get(name) is sandbox:
+            del self._sandboxes[name]
 
     # What dead owners left --------------------------------------------------------------------------------------
 
@@ -311,6 +313,9 @@ class Supervisor:
         try:
             row = found.row
             run = Run(SandboxSpec.from_json(row.spec), "service", row.run_id, row.created_at)
+            if (started := self._sandboxes.get((run.spec.user_id, run.spec.service_id))) is not None:
+                # A start here that came too early: the claim is the other's, and it is about to be told so.
+                await asyncio.gather(started.wait(), return_exceptions=True)
             await self._watch_over(Sandbox(host, run, self._forget), found=True).started()
         except Exception as error:
             _log.error("cannot go on with %s, which another supervisor left: %s", found.row.cgroup, error)

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from cgroups import find_mount
 from pactown_runner import Sandbox, Settings, Supervisor
 from pactown_runner.errors import AlreadyRunningError
 from pactown_runner.exits import reap, reap_foreign
+from pactown_runner.models import IsolatedUser
 from pactown_runner.outcomes import ExitStatus
 from pactown_runner.owners import Owners
 from pactown_runner.registry import Registry
+from pactown_runner.users import Users
 from tests.supervising import (
     PATIENCE,
     USER,
@@ -114,6 +117,34 @@ async def test_a_live_server_takes_a_service_over(supervisor: Supervisor, child:
     numbers = [int(line) for line in await lines(sandbox) if line.isdecimal()]
     assert numbers == list(range(1, len(numbers) + 1))
     assert numbers
+
+
+async def test_a_start_that_came_too_early_does_not_hide_what_is_taken_over(
+    supervisor: Supervisor, child: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = child(service(SLEEP))
+    await process.line()
+    arrived, go_on = threading.Event(), threading.Event()
+    get_or_create = Users.get_or_create
+
+    def slowly(users: Users, user_id: str) -> IsolatedUser:
+        arrived.set()
+        assert go_on.wait(PATIENCE)
+        return get_or_create(users, user_id)
+
+    monkeypatch.setattr(Users, "get_or_create", slowly)
+    starting = asyncio.create_task(supervisor.start(spec(SLEEP)))
+    await asyncio.to_thread(arrived.wait, PATIENCE)
+    await process.killed()
+    with Registry(supervisor.settings.state_dir / "registry.db") as registry:
+        (before,) = registry.rows()
+        await eventually(lambda: registry.rows()[0].owner != before.owner)
+    go_on.set()
+    with pytest.raises(AlreadyRunningError):
+        await soon(starting)
+    sandbox = await adopted(supervisor)
+    assert supervisor.get(sandbox.user_id, sandbox.service_id) is sandbox
+    assert (await soon(supervisor.stop(sandbox.user_id, sandbox.service_id, grace=0))).reason == "stopped"
 
 
 async def test_a_new_server_takes_a_service_over_before_it_is_entered(settings: Settings, child: Start) -> None:
