@@ -73,6 +73,11 @@ class Settings:
         # Without a pause the look for dead owners would be all that the loop does.
         if not 0 < self.takeover_interval < float("inf"):
             raise ConfigError(f"takeover_interval must be a number of seconds above 0, not {self.takeover_interval!r}")
+        if self.tenant_limits.memory_oom_group:
+            raise ConfigError(
+                "tenant_limits cannot have memory_oom_group: one service would take all of its tenant's along",
+                remedy="set it in default_limits",
+            )
         if self.on_crash not in ("adopt", "kill"):
             raise ConfigError(f"on_crash must be 'adopt' or 'kill', not {self.on_crash!r}")
 

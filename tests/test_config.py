@@ -108,6 +108,7 @@ def test_the_hosts_file_is_read_if_it_is_there(tmp_path: Path) -> None:
         ("default_limits = {memory_max = 'lots'}", "default_limits"),
         ("default_limits = {colour = 5}", "default_limits"),
         ("default_limits = 5", "default_limits"),
+        ("tenant_limits = {memory_oom_group = true}", "memory_oom_group"),
         ("not toml", "cannot be read"),
     ],
 )
