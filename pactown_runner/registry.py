@@ -64,15 +64,15 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
 _USERS = "SELECT saas_id, key, username, uid, gid, home, created_at, status, virtual FROM users "
 _ADD_USER = "INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _BEGIN_REMOVAL = (
-    "UPDATE users SET status = 'deleting' WHERE key = ?1 AND status <> 'deleted' "
-    "AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE key = ?1)"
+    "UPDATE users SET status = 'deleting' WHERE key = ? AND status <> 'deleted' "
+    "AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE sandboxes.key = users.key)"
 )
 _SANDBOXES = "SELECT key, service_id, run_id, owner, kind, spec, cgroup, created_at FROM sandboxes "
 _ONE_SANDBOX = _SANDBOXES + "WHERE key = ? AND service_id = ?"
 # Only a ready user can have something alive: a start and a removal exclude each other, in one statement each.
 _CLAIM = (
-    "INSERT INTO sandboxes SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8 "
-    "WHERE EXISTS (SELECT 1 FROM users WHERE key = ?1 AND status = 'ready')"
+    "INSERT INTO sandboxes SELECT ?, ?, ?, ?, ?, ?, ?, ? "
+    "WHERE EXISTS (SELECT 1 FROM users WHERE key = ? AND status = 'ready')"
 )
 _RELEASE = "DELETE FROM sandboxes WHERE key = ? AND service_id = ? AND run_id = ?"
 _TAKE_OVER = "UPDATE sandboxes SET owner = ? WHERE key = ? AND service_id = ? AND run_id = ? AND owner = ?"
@@ -294,7 +294,7 @@ class Registry:
         """
         with self._database as db:
             try:
-                done = db.execute(_CLAIM, _values_of(row)).rowcount
+                done = db.execute(_CLAIM, (*_values_of(row), row.key)).rowcount
             except sqlite3.IntegrityError as error:
                 if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
                     raise
