@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from .errors import RegistryError
+from .passage import exposed
 
 __all__ = ["BUSY_TIMEOUT", "BusyError", "Database", "exclusive", "make_dirs", "private_dir"]
 
@@ -112,13 +113,19 @@ def private_dir(path: Path) -> Path:
     Missing parents are made with mode 0711. The mode of what exists is left alone: it may be somebody's.
 
     Raises:
-        RegistryError: it cannot be made, is a symbolic link, is somebody else's, or lets others in.
+        RegistryError: it cannot be made, is a symbolic link, is somebody else's, or lets others in; or, as root, others
+            could put another in its place.
     """
     try:
         make_dirs(path, 0o700)
         found = path.lstat()
+        reason = exposed(path)
     except OSError as error:
         raise RegistryError(f"cannot make the directory {path}: {error}") from error
+    if reason is not None:
+        raise RegistryError(
+            f"{path} is not safe: {reason}", remedy="name a directory whose parents are root's alone to change"
+        )
     if not stat.S_ISDIR(found.st_mode):
         raise RegistryError(f"{path} is not a directory", remedy="name a directory, not a link to one")
     if found.st_uid != os.geteuid():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .database import make_dirs
 from .errors import AccountError
+from .passage import exposed, way_to
 
 __all__ = ["make_home"]
 
@@ -29,9 +30,7 @@ def make_home(users_base: Path, name: str, uid: int, gid: int) -> None:
     try:
         make_dirs(users_base, 0o711)
         if os.geteuid() == 0:
-            # As it is written and as it is: links on the way are followed, and must be nobody else's to change.
-            for directory in {*users_base.parents, *users_base.resolve().parents}:
-                _check_passage(directory)
+            _check_way(users_base)
         base = os.open(users_base, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise AccountError(
@@ -46,15 +45,13 @@ def make_home(users_base: Path, name: str, uid: int, gid: int) -> None:
         os.close(base)
 
 
-def _check_passage(directory: Path) -> None:
-    found = directory.stat()
-    mode = stat.S_IMODE(found.st_mode)
-    if found.st_uid != 0 or (mode & stat.S_IWOTH and not mode & stat.S_ISVTX):
+def _check_way(users_base: Path) -> None:
+    if (reason := exposed(users_base)) is not None:
         raise AccountError(
-            f"cannot keep homes below {directory}: others than root can change what it holds (mode {mode:04o})",
-            remedy="choose a users_base whose parents are root's",
+            f"cannot keep homes in {users_base}: {reason}", remedy="choose a users_base whose parents are root's"
         )
-    _check_search(directory, mode)
+    for directory in way_to(users_base):
+        _check_search(directory, stat.S_IMODE(directory.stat().st_mode))
 
 
 def _check_search(directory: Path, mode: int) -> None:

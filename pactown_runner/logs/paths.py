@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..models import Stream
+from ..passage import exposed
 from .errors import LogError
 
 __all__ = ["STREAMS", "LogPaths", "private_directory"]
@@ -64,10 +65,14 @@ class LogPaths:
 
         Raises:
             OSError: they cannot be made.
-            LogError: others than their owner can enter them.
+            LogError: others than their owner can enter them, or, as root, could put others in their place.
         """
-        private_directory(self.fifo_dir)
-        private_directory(str(self.log_dir))
+        for path in (self.fifo_dir, str(self.log_dir)):
+            private_directory(path)
+            if (reason := exposed(Path(path))) is not None:
+                raise LogError(
+                    f"{path} is not safe: {reason}", remedy="name a directory whose parents are root's alone to change"
+                )
 
     def leftovers(self) -> set[tuple[str, str]]:
         """`(service id, run id)` of this tenant's runs that have a FIFO or a spool, alive or left behind."""
