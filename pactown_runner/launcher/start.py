@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 from asyncio.base_events import BaseEventLoop
 from typing import NamedTuple, TypeVar
 
@@ -124,8 +125,7 @@ async def launch_async(
 ) -> Started:
     """Start a program without blocking the event loop, asyncio's own or uvloop.
 
-    On asyncio's loop this is one `asyncio.create_subprocess_exec`. uvloop's spawn copies the page tables, so `Popen`,
-    which does not, takes its place there.
+    As a rule this is one `asyncio.create_subprocess_exec`; see `_spawns_cheaply`.
 
     When cancelled, what was started is killed and reaped before `CancelledError` leaves here; what the program itself
     may have forked by then is the caller's to kill, through the cgroup. A tenant's own processes can stop a start
@@ -143,7 +143,7 @@ async def launch_async(
     loop = asyncio.get_running_loop()
     call = Call(spec, cgroup_fd)
     try:
-        if isinstance(loop, BaseEventLoop):
+        if _spawns_cheaply(loop):
             launched = await _through_asyncio(call, stdin, stdout, stderr)
         else:
             launched = await _through_popen(call, stdin, stdout, stderr)
@@ -161,6 +161,15 @@ def _pidfd(pid: int) -> int:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise StartError(f"cannot watch the program: {reason}", step="pidfd", errno=error.errno or 0) from error
+
+
+def _spawns_cheaply(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the loop's own spawn costs about what `subprocess.Popen` does, which else takes its place.
+
+    asyncio of Python 3.11 starts a thread for each child, to wait for it: 0.3 ms. uvloop's spawn copies the page
+    tables: 30 ms with 1 GiB resident. The child that matters is waited for by pidfd in any case.
+    """
+    return isinstance(loop, BaseEventLoop) and sys.version_info >= (3, 12)
 
 
 async def _through_asyncio(call: Call, stdin: int, stdout: int, stderr: int) -> Launched:
