@@ -16,6 +16,7 @@ import fcntl
 import grp
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import time
@@ -241,13 +242,22 @@ class Accounts:
                 f"login {user.linux_username} is {have or 'gone'}, and should be {want}",
                 remedy="put it back into /etc/passwd as it was, or purge the user",
             )
-        holder = pwd.getpwuid(user.linux_uid).pw_name
-        if holder != user.linux_username:
+        others = self._logins_of(user.linux_uid) - {user.linux_username}
+        if others:
             raise AccountError(
-                f"uid {user.linux_uid} of {user.linux_username} is also that of login {holder}",
-                remedy=f"give {holder} another uid",
+                f"uid {user.linux_uid} of {user.linux_username} is also that of login {', '.join(sorted(others))}",
+                remedy="give it another uid",
             )
         seen[user.linux_username] = user
+
+    def _logins_of(self, uid: int) -> set[str]:
+        """All logins of this uid. Of several, getpwuid(3) knows the first; the others are in the file."""
+        try:
+            lines = Path(self._passwd_path).read_bytes()
+        except OSError as error:
+            raise AccountError(f"cannot look at the host's accounts: {error}") from error
+        found = re.findall(rb"^([^:\n]*):[^:\n]*:0*%d:" % uid, lines, re.MULTILINE)
+        return {pwd.getpwuid(uid).pw_name, *map(os.fsdecode, found)}
 
     def _stamp(self) -> tuple[int, ...]:
         try:

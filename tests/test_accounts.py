@@ -203,6 +203,18 @@ def test_verify_sees_a_second_login_with_the_same_uid(accounts: Accounts, row: U
         accounts.verify(row.user())
 
 
+@pytest.mark.host
+def test_verify_sees_a_login_with_the_same_uid_that_came_later(accounts: Accounts, row: UserRow, foreign: str) -> None:
+    with accounts.lock():
+        accounts.create(row)
+    accounts.verify(row.user())
+    command = ["useradd", "--non-unique", "--uid", str(row.uid), "--gid", str(row.gid), "--no-create-home"]
+    subprocess.run([*command, "-K", "SUB_UID_COUNT=0", foreign], check=True, capture_output=True)
+    assert pwd.getpwuid(row.uid).pw_name == row.username
+    with pytest.raises(AccountError, match=f"also that of login {foreign}"):
+        accounts.verify(row.user())
+
+
 @pytest.fixture
 def let_passwd_go() -> Iterator[Callable[[], None]]:
     """The lock that other programs which add users hold: a file with a live process's pid. This lets it go."""
