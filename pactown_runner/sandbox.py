@@ -90,7 +90,7 @@ class Sandbox:
         self._stdin: int | None = None
 
     def __repr__(self) -> str:
-        return f"<Sandbox {self.spec.user_id}/{self.spec.service_id} {self._state}>"
+        return f"<Sandbox {self.spec.user_id!r}/{self.spec.service_id} {self._state}>"
 
     # What it is -------------------------------------------------------------------------------------------------
 
@@ -511,7 +511,7 @@ class Sandbox:
             raise self._wrong_state()
 
     def _wrong_state(self) -> StateError:
-        return StateError(f"sandbox {self.user_id}/{self.service_id} is {self._state}, not running")
+        return StateError(f"sandbox {self.user_id!r}/{self.service_id} is {self._state}, not running")
 
     def _let_go(self) -> None:
         """End it without waiting; the registry keeps its row, and the next owner finishes what is left."""

@@ -520,3 +520,14 @@ async def test_logs_go_on_over_supervisors(settings: Settings) -> None:
             await soon(sandbox.wait())
             assert await lines(sandbox) == [str(number)]
             assert [record.line async for record in supervisor.logs(USER, "api")] == [str(n) for n in range(number + 1)]
+
+
+async def test_a_user_id_writes_no_lines_of_its_own_into_the_operators_log(supervisor: Supervisor) -> None:
+    user = "eve\n2026-01-01 root logged in\x1b[2J\u202e"
+    sandbox = await soon(supervisor.start(spec(["sleep", "1000"], user=user)))
+    await soon(sandbox.kill())
+    with pytest.raises(StateError) as caught:
+        await sandbox.freeze()
+    for text in (repr(sandbox), str(caught.value)):
+        assert "eve" in text
+        assert text.isprintable()
