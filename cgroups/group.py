@@ -6,6 +6,7 @@ import errno
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from signal import SIGKILL
 from types import TracebackType
@@ -105,6 +106,10 @@ class Cgroup:
         try:
             fd = directories.open_directory(name, self.fd)
         except OSError as error:
+            if made:
+                # Such as too many open files; nobody would know of it.
+                with suppress(OSError):
+                    os.rmdir(name, dir_fd=self.fd)
             raise directories.translate("open", path, error) from error
         group = Cgroup(fd, path, plan=self._plan)
         if made and group._mode != directories.MODE:  # the umask took bits away

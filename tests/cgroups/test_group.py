@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,17 @@ pytestmark = pytest.mark.host
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_child_that_cannot_be_opened_is_not_made(group: Cgroup) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(CgroupError, match="open files"):
+            group.child("a.scope", create=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert group.child_names() == []
 
 
 def test_a_child_is_made_once(group: Cgroup) -> None:
