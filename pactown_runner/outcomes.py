@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from cgroups import Stats
@@ -50,16 +49,16 @@ def outcome_of(
         reason = "oom-killed"
     if reason is None:
         reason = "lost" if not status.known else "exited" if status.signal is None else "signaled"
-    outcome = Outcome(
+    return Outcome(
         reason=reason,
         exit_code=status.exit_code,
         signal=status.signal,
         oom_level=level,
+        message=_describe(reason, status, level, survivors, wall_seconds),
         survivors_killed=survivors,
         wall_seconds=wall_seconds,
         stats=stats,
     )
-    return replace(outcome, message=_describe(outcome))
 
 
 def _oom_level(stats: Stats, *, tenant_oom: bool) -> Literal["service", "tenant"] | None:
@@ -76,21 +75,22 @@ def failed_to_start(error: StartError) -> Outcome:
     )
 
 
-def _describe(outcome: Outcome) -> str:
-    if outcome.signal is not None:
-        how = f"ended by {_signal_name(outcome.signal)}"
-    elif outcome.exit_code is not None:
-        how = f"exited with code {outcome.exit_code}"
+def _describe(
+    reason: Reason, status: ExitStatus, level: Literal["service", "tenant"] | None, survivors: int, wall_seconds: float
+) -> str:
+    if status.signal is not None:
+        how = f"ended by {_signal_name(status.signal)}"
+    elif status.exit_code is not None:
+        how = f"exited with code {status.exit_code}"
     else:
         how = "ended with a status that nobody could see"
     why = {
-        "oom-killed": f"out of memory ({outcome.oom_level or 'host'} level): ",
+        "oom-killed": f"out of memory ({level or 'host'} level): ",
         "timed-out": "time is up: ",
         "stopped": "stopped: ",
-    }.get(outcome.reason, "")
-    count = outcome.survivors_killed
-    rest = f"; {count} {'process' if count == 1 else 'processes'} had to be killed" if count else ""
-    return f"{why}{how} after {outcome.wall_seconds:.3g} s{rest}"
+    }.get(reason, "")
+    rest = f"; {survivors} {'process' if survivors == 1 else 'processes'} had to be killed" if survivors else ""
+    return f"{why}{how} after {wall_seconds:.3g} s{rest}"
 
 
 def _signal_name(number: int) -> str:

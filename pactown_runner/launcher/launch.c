@@ -658,10 +658,14 @@ static void read_capabilities(const struct launch *launch, struct report_record 
 		long bounding = call5(prctl, PR_CAPBSET_READ, capability, 0, 0, 0);
 		if (bounding == -EINVAL)
 			break;
-		long ambient = call5(prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, capability, 0, 0);
 		must(launch, STEP_READBACK, bounding);
-		must(launch, STEP_READBACK, ambient);
 		report->bounding |= (u64)(bounding != 0) << capability;
+		/* "No capability can ever be ambient if it is not both permitted and inheritable", capabilities(7). As a rule
+		 * that spares 41 system calls. */
+		if (!((report->permitted & report->inheritable) >> capability & 1))
+			continue;
+		long ambient = call5(prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, capability, 0, 0);
+		must(launch, STEP_READBACK, ambient);
 		report->ambient |= (u64)(ambient != 0) << capability;
 	}
 }
