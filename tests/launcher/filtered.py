@@ -112,7 +112,7 @@ def in_a_child(case: dict[str, Any]) -> dict[str, Any]:
     A case may have `filter` (call, first argument or None, errno), `hide_proc`, `uid` with `groups` and `uids`, and
     `cgroup_fd`; `spec` has the arguments of a `LaunchSpec`.
     """
-    with tempfile.TemporaryDirectory(prefix="pactown-test-launcher-", dir="/var/tmp") as directory:
+    with tempfile.TemporaryDirectory() as directory:
         if "uid" in case:
             # A checkout below /root cannot be reached without root, and then neither can its launcher.
             os.chmod(directory, 0o755)
