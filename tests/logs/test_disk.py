@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
@@ -82,14 +83,15 @@ async def test_a_successor_goes_on_after_a_full_disk(make_pump: MakePump, write:
     pump = make_pump(paths=small, retry=3600)
     pump.create()
     pump.start()
-    program = await write(pump, "seq", str(LINES))
+    # The program stays: what a FIFO still holds is gone when nobody has it open between the two pumps.
+    program = await write(pump, "sh", "-c", f"seq {LINES}; read -r told", stdin=asyncio.subprocess.PIPE)
     await soon(until_stalled(pump))
     pump.detach()
     make_room(small)
     successor = make_pump(paths=small)
     successor.adopt()
     successor.start()
-    await soon(program.wait())
+    await soon(program.communicate())
     await soon(successor.finish())
     await check(small)
 
