@@ -50,6 +50,9 @@ class Host:
     unfinished: dict[Claim, None] = field(default_factory=dict)
     """Runs of ours that nobody looks after any more, and whose end could not be brought about, or written down."""
 
+    unwritten: dict[Claim, float] = field(default_factory=dict)
+    """Runs that have ended and whose output could not be written down, and when that was tried: the spool keeps it."""
+
     def release(self, claim: Claim) -> None:
         """Give a run's name free, now or later; blocking. Nothing of the run is left."""
         try:

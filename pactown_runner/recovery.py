@@ -8,22 +8,33 @@ processes may come for it at once; the registry's compare-and-swap gives it to o
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 
 from cgroups import CgroupError, GoneError
 
-from .errors import RunnerError
+from .errors import AlreadyRunningError, NotFoundError, RunnerError
 from .host import Claim, Host
 from .logs import LogError, LogPaths, LogPump
 from .registry import SandboxRow
 from .trees import Scope, slice_name
 
-__all__ = ["Found", "claim_left_behind", "end_left_behind", "end_unfinished", "forget_dead_owners", "sweep"]
+__all__ = [
+    "Found",
+    "claim_left_behind",
+    "end_left_behind",
+    "end_unfinished",
+    "forget_dead_owners",
+    "sweep",
+]
 
 _log = logging.getLogger(__name__)
 
 END_PATIENCE = 2.0
 """Seconds for one to be gone that was killed. Others wait meanwhile; its own turn comes again."""
+
+WRITE_PAUSE = 10.0
+"""Seconds between two tries to write down what a run had printed: each takes the service's name for a moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +93,13 @@ async def end_left_behind(host: Host, claim: Claim) -> bool:
 
 
 async def end_unfinished(host: Host) -> None:
-    """Try once more to end what could not be ended before, up to the first that still cannot be."""
+    """Try once more to end what could not be ended before, up to the first that still cannot be; and logs likewise."""
     for claim in list(host.unfinished):
         if not await end_left_behind(host, claim):
             break
+    due = time.monotonic() - WRITE_PAUSE
+    for claim in [claim for claim, since in host.unwritten.items() if since <= due]:
+        await write_down(host, claim)
 
 
 async def _end(host: Host, key: str, service_id: str, run_id: str) -> None:
@@ -97,15 +111,41 @@ async def _end(host: Host, key: str, service_id: str, run_id: str) -> None:
         where = (slice_name(key), f"{service_id}.scope")
         await host.in_thread(lambda: host.tree.end_scope(*where, timeout=END_PATIENCE))
     finally:
-        await _finish_log(pump)
+        if not await _finish_log(pump):
+            host.unwritten[key, service_id, run_id] = time.monotonic()
     await host.in_thread(host.registry.release, key, service_id, run_id)
 
 
 async def sweep(host: Host) -> None:
     """Remove what bears our state's mark and no record names, and forget owners that are dead."""
-    for key, service_id, run_id in await host.in_thread(_sweep, host):
-        _log.warning("the output of run %s of %s was left behind, and is written down now", run_id, service_id)
-        await _finish_log(await host.in_thread(_open_log, host, key, service_id, run_id))
+    for claim in await host.in_thread(_sweep, host):
+        await write_down(host, claim)
+
+
+async def write_down(host: Host, claim: Claim) -> None:
+    """Write down what a run had printed that has ended, unless its service runs: a log has one writer at a time.
+
+    For as long as it takes the service's name is claimed, so that nothing starts under it.
+    """
+    key, service_id, run_id = claim
+    row = SandboxRow(
+        key=key,
+        service_id=service_id,
+        run_id=run_id,
+        owner=host.owner.owner_id,
+        kind="run",
+        spec="{}",
+        cgroup=f"{host.tree.path}/{slice_name(key)}/{service_id}.scope",
+        created_at=time.time(),
+    )
+    try:
+        await host.in_thread(host.registry.claim, row)
+    except (AlreadyRunningError, NotFoundError):
+        host.unwritten[claim] = time.monotonic()
+        return
+    host.unwritten.pop(claim, None)
+    _log.warning("the output of run %s of %s was left behind, and is written down now", run_id, service_id)
+    await end_left_behind(host, claim)
 
 
 def forget_dead_owners(host: Host) -> None:
@@ -139,23 +179,25 @@ def _open_log(host: Host, key: str, service_id: str, run_id: str) -> LogPump | N
     return pump
 
 
-async def _finish_log(pump: LogPump | None) -> None:
-    """Write it down. No process of the run may live."""
-    if pump is None:
-        return
+async def _finish_log(pump: LogPump | None) -> bool:
+    """Write it down; False if that cannot be done now. No process of the run may live."""
     try:
-        await pump.finish()
+        if pump is not None:
+            await pump.finish()
     except (LogError, OSError) as error:
+        assert pump is not None
         _incomplete(pump, error)
         pump.detach()
+        return False
+    return True
 
 
 def _incomplete(pump: LogPump, error: Exception) -> None:
-    # It stays where it is, for the next sweep.
+    # It stays where it is.
     _log.error("the log of run %s of %s is not complete: %s", pump.run_id, pump.service_id, error)
 
 
-def _sweep(host: Host) -> list[tuple[str, str, str]]:
+def _sweep(host: Host) -> list[Claim]:
     # In this order: a row is there before what it names, so what has none by now is not about to get one.
     scopes = list(host.tree.scopes())
     keys = [user.key for user in host.users.list()]

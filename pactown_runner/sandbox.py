@@ -416,6 +416,7 @@ class Sandbox:
         except (LogError, OSError) as error:
             _log.error("log of %r is not complete: %s", self, error)
             held.pump.detach()
+            self._host.unwritten[held.claim] = time.monotonic()
         try:
             return outcome_of(
                 await self._exit_status(),

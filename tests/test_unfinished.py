@@ -8,10 +8,11 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from pactown_runner import Settings, Supervisor
+from pactown_runner import Settings, Supervisor, recovery
 from pactown_runner.errors import AlreadyRunningError
+from pactown_runner.logs import LogError, LogPaths, LogPump
 from pactown_runner.registry import Registry
-from tests.supervising import USER, eventually, soon, spec
+from tests.supervising import USER, eventually, line_of, soon, spec
 
 pytestmark = pytest.mark.host
 
@@ -66,3 +67,31 @@ async def test_a_transfer_while_the_registry_is_broken_does_not_keep_its_user(
 def rows(settings: Settings) -> list[str]:
     with Registry(settings.state_dir / "registry.db") as registry:
         return [row.service_id for row in registry.rows()]
+
+
+async def test_a_log_that_could_not_be_finished_is_written_before_the_next_one(
+    supervisor: Supervisor, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody else writes into it meanwhile: neither another supervisor that comes by, nor a later run."""
+    finish = LogPump.finish
+
+    async def fail(pump: LogPump) -> None:
+        raise LogError("the disk is full")
+
+    first = await supervisor.start(spec("echo first; exec sleep 1000"))
+    await line_of(first, "first")
+    monkeypatch.setattr(LogPump, "finish", fail)
+    assert (await soon(first.kill())).reason == "stopped"
+    assert "is not complete" in caplog.text
+    second = await supervisor.start(spec("echo second; exec sleep 1000"))
+    await line_of(second, "second")
+    monkeypatch.setattr(LogPump, "finish", finish)
+    async with Supervisor(settings=settings, role="one-shot"):
+        pass
+    paths = LogPaths(settings.log_dir, settings.run_dir, first.user.key)
+    assert paths.leftovers() == {("api", first.run_id), ("api", second.run_id)}
+    await soon(second.kill())
+    monkeypatch.setattr(recovery, "WRITE_PAUSE", 0.0)
+    await eventually(lambda: not paths.leftovers() and not rows(settings))
+    numbers = [record.seq async for record in supervisor.logs(USER, "api")]
+    assert numbers == list(range(1, len(numbers) + 1))
