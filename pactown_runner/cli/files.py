@@ -157,7 +157,8 @@ async def _move(settings: Settings, move: Callable[[SandboxFiles, OnProgress | N
 
 def _tell(transfer: Transfer, verb: str) -> None:
     for name in transfer.skipped[:_SHOWN_SKIPPED]:
-        say(f"left out, neither file nor folder: {name}")
+        # The tenant chose it: a line break in it must not begin a line that seems to be ours.
+        say(f"left out, neither file nor folder: {name if name.isprintable() else repr(name)}")
     if more := transfer.skipped[_SHOWN_SKIPPED:]:
         say(f"left out: {len(more)} more")
     if transfer.warnings:

@@ -28,6 +28,16 @@ def test_there_and_back(cli: Cli, tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "content"
 
 
+def test_the_name_of_what_is_left_out_is_one_line(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/x\ngot 9 files, 9 bytes").symlink_to("y")
+    (tmp_path / "source/a").write_text("content")
+    assert cli("put", USER, "api", str(tmp_path / "source"), "src").returncode == 0
+    got = cli("get", USER, "api", "src", str(tmp_path / "back"))
+    assert len(got.stderr.splitlines()) == 2
+    assert rb"'x\ngot 9 files, 9 bytes'" in got.stderr
+
+
 def test_errors(cli: Cli, tmp_path: Path) -> None:
     missing = cli("get", USER, "api", "x", str(tmp_path / "x"), "--json")
     assert missing.returncode == 1
