@@ -91,7 +91,7 @@ async def test_a_successor_goes_on_after_a_full_disk(make_pump: MakePump, write:
     successor = make_pump(paths=small)
     successor.adopt()
     successor.start()
-    await soon(program.communicate())
+    await soon(program.communicate(b"\n"))
     await soon(successor.finish())
     await check(small)
 
