@@ -274,12 +274,13 @@ def accounts(claim: Claim) -> Iterator[Leak]:
     for kind, database, command in (("login", "passwd", "userdel"), ("group", "group", "groupdel")):
         for name, number in names_and_ids(database).items():
             if claim.owns_id(number):
-                yield Leak(f"{kind} {name} ({number})", partial(_delete_account, command, name))
+                yield Leak(f"{kind} {name} ({number})", partial(_delete_account, command, name, database, number))
 
 
-def _delete_account(command: str, name: str, timeout: float = 20) -> None:
+def _delete_account(command: str, name: str, database: str, number: int, timeout: float = 20) -> None:
     deadline = time.monotonic() + timeout
-    while True:
+    # `userdel` takes the group along, and then another run may take the name.
+    while names_and_ids(database).get(name) == number:
         done = subprocess.run([command, name], capture_output=True, text=True, check=False)
         # 6: no such name (userdel takes its group along). 1, 10: another tool holds the lock.
         if done.returncode in {0, 6}:

@@ -515,7 +515,7 @@ registry.close()
 """
 
 
-def test_without_root_users_are_names(users_base: Path, test_run: hostguard.Run) -> None:
+def test_without_root_users_are_names(users_base: Path, own: str, test_run: hostguard.Run) -> None:
     uid, gid = os.geteuid(), os.getegid()
     environ = dict(os.environ)
     if uid == 0:
@@ -525,7 +525,7 @@ def test_without_root_users_are_names(users_base: Path, test_run: hostguard.Run)
     base.mkdir()
     os.chown(base, uid, gid)
     done = subprocess.run(
-        [sys.executable, "-c", CHILD + VIRTUAL, str(base), "64990", "64999", IDS[0]],
+        [sys.executable, "-c", CHILD + VIRTUAL, str(base), "64990", "64999", own],
         cwd=ROOT,
         env=environ,
         input="\n",
@@ -538,7 +538,7 @@ def test_without_root_users_are_names(users_base: Path, test_run: hostguard.Run)
     root_mode, user, mode, owner, count = json.loads(done.stdout.splitlines()[-1])
     assert root_mode is False
     assert (user["linux_uid"], user["linux_gid"]) == (uid, gid)
-    assert user["home_dir"] == str(base / f"pactown_{next(keys_of(IDS[0]))}")
+    assert user["home_dir"] == str(base / f"pactown_{next(keys_of(own))}")
     assert (mode, owner) == ("0o40700", uid)
     assert count == 1
     with pytest.raises(KeyError):
