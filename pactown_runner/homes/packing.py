@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tarfile import BLOCKSIZE, DIRTYPE, GNU_FORMAT, LNKTYPE, RECORDSIZE, REGTYPE, SYMTYPE, TarInfo
@@ -82,7 +82,7 @@ def pack(source: Path, write: Write, *, file_name: str = "") -> Survey:
     kept without set-id and sticky bits, times in whole seconds, owners not at all.
 
     Args:
-        write: takes all that it is given; what it raises goes through.
+        write: takes all that it is given; what it raises goes through, but for a broken pipe at the very end.
         file_name: the name that a single file gets.
 
     Raises:
@@ -224,4 +224,6 @@ def _block(info: TarInfo) -> bytes:
 
 
 def _finish(write: Write) -> None:
-    write(bytes(RECORDSIZE))
+    # tar ends with the record that the first two empty blocks are in, which may be before the last of these is written.
+    with suppress(BrokenPipeError):
+        write(bytes(RECORDSIZE))
