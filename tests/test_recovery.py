@@ -529,9 +529,9 @@ async def test_output_that_no_record_names_is_written_down(settings: Settings) -
 async def test_a_status_is_told_of_no_child_of_ours() -> None:
     """Of a grandchild that its own parent has not reaped, and after it has."""
     read, write = os.pipe()
-    parent = await asyncio.create_subprocess_exec(
-        "sh", "-c", "(exit 9) & echo $!; read x; wait", stdin=asyncio.subprocess.PIPE, stdout=write
-    )
+    # No shell: one may reap whenever it likes.
+    source = "import os; pid = os.fork() or os._exit(9); os.write(1, b'%d' % pid); os.read(0, 1); os.waitpid(pid, 0)"
+    parent = await asyncio.create_subprocess_exec(*python(source), stdin=asyncio.subprocess.PIPE, stdout=write)
     os.close(write)
     pid = int(os.read(read, 64))
     os.close(read)
