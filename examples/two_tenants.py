@@ -33,8 +33,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format, *args):
         print(format % args, flush=True)
 
+server = http.server.HTTPServer(("127.0.0.1", int(os.environ["PORT"])), Handler)
 print(f"listening on {os.environ['PORT']} as uid {os.getuid()} in {os.getcwd()}", flush=True)
-http.server.HTTPServer(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
+server.serve_forever()
 """
 
 ATTACK = """\
