@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from cgroups import Cgroup, CgroupError, Limits, find_mount
+from cgroups import Cgroup, CgroupError, GoneError, Limits, find_mount
 
 from .accounts import PREFIX
 from .config import Settings
@@ -177,11 +177,13 @@ class Purge:
 
     def _end_sandboxes(self) -> None:
         for slice_ in self._slices():
-            with slice_:
+            with slice_, ExitStack() as held, contextlib.suppress(GoneError):
+                # Before they are killed: then a live owner removes them, too.
+                scopes = [held.enter_context(scope) for scope in slice_.children()]
                 with contextlib.suppress(CgroupError):
                     slice_.kill()  # at once: one process that traces another could keep it from ending
-                for scope in slice_.children():
-                    with scope, self._doing(f"sandbox {slice_.name}/{scope.name}"):
+                for scope in scopes:
+                    with self._doing(f"sandbox {slice_.name}/{scope.name}"):
                         _end(scope)
         if self._registry is not None and not self.failed:
             for row in self._registry.rows():
@@ -307,10 +309,11 @@ class Purge:
 
 
 def _end(group: Cgroup) -> None:
-    if group.populated():
-        group.kill()
-        group.wait_empty(KILL_SECONDS)
-    group.remove(recursive=True)
+    with contextlib.suppress(GoneError):  # a live owner was quicker
+        if group.populated():
+            group.kill()
+            group.wait_empty(KILL_SECONDS)
+        group.remove(recursive=True)
 
 
 def _named(matches: _Matches) -> Iterator[Path]:
