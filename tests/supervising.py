@@ -154,8 +154,10 @@ def usage(settings: Settings) -> Usage:
     descriptors = {}
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the one through which the directory itself was read
-            # SQLite itself keeps those of a second connection until it can close them all.
-            if "/registry.db" not in (name := os.readlink(f"/proc/self/fd/{fd}")):
+            # SQLite itself keeps those of a second connection until it can close them all; and a server's look for
+            # dead owners, in a thread, has their directory open at any moment.
+            name = os.readlink(f"/proc/self/fd/{fd}")
+            if "/registry.db" not in name and not name.endswith("/owners"):
                 descriptors[fd] = name
     children = [pid for task in os.listdir("/proc/self/task") for pid in _children(f"/proc/self/task/{task}/children")]
     # A tenant's slice stays for as long as its supervisor.
