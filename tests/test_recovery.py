@@ -135,9 +135,9 @@ async def test_a_start_that_came_too_early_does_not_hide_what_is_taken_over(
     monkeypatch.setattr(Users, "get_or_create", slowly)
     starting = asyncio.create_task(supervisor.start(spec(SLEEP)))
     await asyncio.to_thread(arrived.wait, PATIENCE)
-    await process.killed()
     with Registry(supervisor.settings.state_dir / "registry.db") as registry:
         (before,) = registry.rows()
+        await process.killed()
         await eventually(lambda: registry.rows()[0].owner != before.owner)
     go_on.set()
     with pytest.raises(AlreadyRunningError):
