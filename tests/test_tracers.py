@@ -12,7 +12,19 @@ from cgroups import find_mount
 from pactown_runner import Sandbox, Settings, Supervisor
 from pactown_runner.errors import FilesError
 from pactown_runner.homes import SandboxFiles
-from tests.supervising import USER, Start, eventually, leaves_nothing, line_of, processes_of, python, soon, spec, tree
+from tests.supervising import (
+    USER,
+    Start,
+    eventually,
+    leaves_nothing,
+    leftovers,
+    line_of,
+    processes_of,
+    python,
+    soon,
+    spec,
+    tree,
+)
 
 pytestmark = pytest.mark.host
 
@@ -145,7 +157,9 @@ async def work(supervisor):
     process = child(f"TRACER = {_TRACER.format(options=TRACE_EXIT)!r}" + pid_of)
     assert await process.line() == "ready"
     await process.killed()
-    await eventually(lambda: not any("api.scope" in str(path) for path in tree(settings)))
+    # The row goes last.
+    await eventually(lambda: not any(what.startswith("row ") and what.endswith("/api") for what in leftovers(settings)))
+    assert not any(path.name == "api.scope" for path in tree(settings))
     assert (await soon(supervisor.run(spec("exit 3")))).exit_code == 3
 
 
