@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import signal
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
@@ -20,38 +18,26 @@ import anyio
 
 from cgroups import Cgroup, CgroupError, GoneError, Limits, Stats
 
+from .ending import emptied, end_rest
 from .errors import RunnerError, SpecError, StartError, StateError
-from .exits import reap, reap_foreign
-from .holdings import Holdings, Run, ask_to_end, kill_rest
+from .holdings import Holdings, Run, ask_to_end
 from .host import Host
-from .launcher import launch_async
 from .logs import LogError, read_log
 from .main_process import Main
 from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, Reason, SandboxSpec, State
-from .outcomes import ExitStatus, outcome_of
-from .programs import launch_spec
-from .trees import END_TIMEOUT, TRACER_PATIENCE
-from .waiting import readable
+from .outcomes import outcome_of
+from .program import Program
 
 __all__ = ["Sandbox"]
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-START_TIMEOUT = 30.0
-"""Seconds in which the launcher must have executed the program. It takes milliseconds."""
-
 FREEZE_TIMEOUT = 10.0
 """Seconds in which the kernel must have frozen or thawed a sandbox. It waits for running system calls only."""
 
 PRESSURE_AFTER = 2.0
 """Seconds that a sandbox must have lived for its `Outcome` to tell of pressure: the kernel's own sampling period."""
-
-NOTICE_PAUSES = (0.0005, 0.001, 0.002, 0.004, 0.008)
-"""Seconds between looks at a cgroup that has just been killed; the kernel's notice may be held back for 10 ms."""
-
-RETRY_PAUSE = 0.1
-"""Seconds until the next try to end a sandbox, where that failed for want of descriptors, say."""
 
 
 class Sandbox:
@@ -79,15 +65,12 @@ class Sandbox:
         self._outcome: Outcome | None = None
         self._ending: Reason | None = None
         self._patience = anyio.CancelScope()
-        self._pid = 0
+        self._program = Program()
         self._held: Holdings | None = None
         self._given_back = False
-        self._isolation: IsolationReport | None = None
-        self._pidfd: int | None = None
         self._survivors = 0
         # A run that was taken over began before this process did.
         self._began = time.monotonic() - max(0.0, time.time() - run.started_at)
-        self._stdin: int | None = None
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.spec.user_id!r}/{self.spec.service_id} {self._state}>"
@@ -136,7 +119,7 @@ class Sandbox:
     @property
     def pid(self) -> int:
         """The process id of its first process, as this supervisor sees it."""
-        return self._pid
+        return self._program.pid
 
     @property
     def isolation(self) -> IsolationReport:
@@ -145,9 +128,9 @@ class Sandbox:
         Raises:
             StateError: it has not been started, or was adopted from a predecessor that died before it knew.
         """
-        if self._isolation is None:
+        if self._program.isolation is None:
             raise StateError(f"nobody knows how {self!r} is isolated")
-        return self._isolation
+        return self._program.isolation
 
     @property
     def outcome(self) -> Outcome | None:
@@ -231,8 +214,8 @@ class Sandbox:
         except GoneError as error:
             raise self._wrong_state() from error
         held.limits |= changed
-        if self._isolation is not None:
-            self._isolation = isolation = replace(self._isolation, limits=dict(held.limits))
+        if self._program.isolation is not None:
+            self._program.isolation = isolation = replace(self._program.isolation, limits=dict(held.limits))
             if self.run.kind == "service" and not self._given_back:
                 await held.on_cgroup(lambda cgroup: Main.update(cgroup, isolation))
 
@@ -277,27 +260,11 @@ class Sandbox:
         Raises:
             StateError: it was started without `stdin`, has ended, or has closed its standard input.
         """
-        view = memoryview(data)
-        while True:
-            if self._stdin is None:
-                raise StateError(f"{self!r} has no open standard input", remedy="start it with stdin=True")
-            if not view:
-                return
-            try:
-                view = view[os.write(self._stdin, view) :]
-            except BlockingIOError:
-                # Closed by us meanwhile: the next turn says so.
-                with contextlib.suppress(anyio.ClosedResourceError):
-                    await anyio.wait_writable(self._stdin)
-            except BrokenPipeError as error:
-                raise StateError("the program has closed its standard input") from error
+        await self._program.send(data)
 
     def close_stdin(self) -> None:
         """Give it end-of-file on its standard input."""
-        if self._stdin is not None:
-            anyio.notify_closing(self._stdin)
-            os.close(self._stdin)
-            self._stdin = None
+        self._program.close_stdin()
 
     # Its life ---------------------------------------------------------------------------------------------------
 
@@ -312,9 +279,10 @@ class Sandbox:
             self._held = held = await (Holdings.take_over if found else Holdings.take)(self._host, self.run)
             try:
                 if found:
-                    self._recognise(held.main)
+                    self._program.recognise(held.main)
                 else:
-                    await self._launch(held)
+                    await self._program.launch(self.spec, held)
+                    self._write_down(held)
                 held.pump.start()
                 self._state = State.FROZEN if held.frozen else State.RUNNING
                 self._started.set()
@@ -351,51 +319,19 @@ class Sandbox:
         _log.error("%r failed", self, exc_info=error)
         return error
 
-    async def _launch(self, held: Holdings) -> None:
-        """Start the program in its cgroup.
-
-        Raises:
-            StartError: it could not be started.
-        """
-        out, err = held.pump.child_fds
-        stdin = asyncio.subprocess.DEVNULL
-        if self.spec.stdin:
-            stdin, self._stdin = os.pipe2(os.O_CLOEXEC)
-            os.set_blocking(self._stdin, False)
-            if os.geteuid() == 0:
-                # For programs that open /dev/stdin again.
-                os.fchown(stdin, held.user.linux_uid, held.user.linux_gid)
-        try:
-            async with asyncio.timeout(START_TIMEOUT):
-                started = await launch_async(launch_spec(self.spec, held.user), held.cgroup.fd, stdin, out, err)
-        except TimeoutError:
-            # The tenant's own processes can stop the launcher's child once it has their uid.
-            raise StartError(f"not executed after {START_TIMEOUT:g} s", step="launcher") from None
-        finally:
-            held.pump.close_child_fds()
-            if stdin >= 0:
-                os.close(stdin)
-        self._pid, self._pidfd = started.pid, started.pidfd
-        if not (started.report.cgroup or held.place).endswith(held.place):
-            raise StartError(f"it was placed in {started.report.cgroup}, not in {held.place}", step="readback")
-        self._isolation = replace(started.report, limits=held.limits)
-        if self.run.kind == "service":
-            Main.of(self._pid, self._isolation).mark(held.cgroup)
-
-    def _recognise(self, main: Main | None) -> None:
-        """Go on with a program that a predecessor started; without a note of its own it is not known which it is."""
-        if main is not None:
-            self._pid, self._isolation, self._pidfd = main.pid, main.isolation, main.pidfd()
+    def _write_down(self, held: Holdings) -> None:
+        """Leave a note of the program on the cgroup, for whoever may have to go on with a service."""
+        if self.run.kind == "service" and self._program.isolation is not None:
+            Main.of(self._program.pid, self._program.isolation).mark(held.cgroup)
 
     async def _first_exit(self, held: Holdings) -> None:
         """Wait until the program has exited, or its time is up; when asked to stop, for all of its processes."""
         if self.spec.timeout is not None:
             self._patience.deadline = anyio.current_time() + self._began + self.spec.timeout - time.monotonic()
         with self._patience:
-            if self._pidfd is not None:
-                await readable(self._pidfd)
+            await self._program.exited()
             if self._ending is not None:
-                await _emptied(held.cgroup)
+                await emptied(held.cgroup)
         if self._patience.cancelled_caught and self._ending is None:
             self._ending = "timed-out"
 
@@ -405,12 +341,15 @@ class Sandbox:
         self._given_back = True
         self._state = State.STOPPING
         try:
-            await self._end_rest(held)
+            self._survivors = await end_rest(self._host, held)
         except StateError:
-            self._leave_unfinished(held)
+            # Something of it is there, and cannot be ended now: its name stays taken until it is.
+            held.let_go()
+            self._program.leave(self._host)
+            self._host.unfinished[held.claim] = None
             raise
         wall_seconds = time.monotonic() - self._began
-        self.close_stdin()
+        self._program.close_stdin()
         try:
             await held.pump.finish()
         except (LogError, OSError) as error:
@@ -419,7 +358,7 @@ class Sandbox:
             self._host.unwritten[held.claim] = time.monotonic()
         try:
             return outcome_of(
-                await self._exit_status(),
+                await self._program.status(self._host),
                 asked=self._ending,
                 stats=held.stats(pressure=wall_seconds >= PRESSURE_AFTER),
                 tenant_oom=held.tenant_oom(),
@@ -428,69 +367,6 @@ class Sandbox:
             )
         finally:
             await held.give_back()
-
-    async def _exit_status(self) -> ExitStatus:
-        if self._pidfd is None:
-            return ExitStatus()
-        try:
-            return reap(self._pidfd) or await self._reap_patiently(self._pidfd)
-        except ChildProcessError:
-            # Not our child: a dead supervisor's, or somebody reaped it although it was not his.
-            return await self._host.in_thread(reap_foreign, self._pidfd, self._pid)
-        finally:
-            self._close_pidfd()
-
-    async def _reap_patiently(self, pidfd: int) -> ExitStatus:
-        """Take the status of what is just ending, of what is shown to its tracer first, or of what escaped its end."""
-        # Whoever moved it out of its cgroup took it from under the kill.
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        with anyio.move_on_after(END_TIMEOUT):
-            await readable(pidfd)
-        if (status := reap(pidfd)) is None:
-            self._host.unreaped.add(self._pid)
-            status = await self._host.in_thread(reap_foreign, pidfd, self._pid)
-        return status
-
-    async def _end_rest(self, held: Holdings) -> None:
-        """Kill what outlived the first process or its time. Returns only when nothing runs any more.
-
-        Raises:
-            StateError: something that was killed is not gone after `END_TIMEOUT` seconds.
-        """
-        deadline = anyio.current_time() + END_TIMEOUT
-        while True:
-            try:
-                if not held.cgroup.populated():
-                    return
-                killed = await self._host.in_thread(kill_rest, held.cgroup)
-                self._survivors = self._survivors or killed
-                with anyio.move_on_after(TRACER_PATIENCE):
-                    await _emptied(held.cgroup)
-                    return
-                if anyio.current_time() > deadline:
-                    raise StateError(f"{self!r} was killed, and not all of it is gone after {END_TIMEOUT:g} s")
-                await self._host.in_thread(held.kill_tracers)
-            except GoneError:
-                return
-            except (CgroupError, OSError) as error:
-                # Such as too many open files. To give up would leave it running with nobody to know of it.
-                _log.error("cannot end %r yet: %s", self, error)
-                await anyio.sleep(RETRY_PAUSE)
-
-    def _leave_unfinished(self, held: Holdings) -> None:
-        """Something of it is there, and cannot be ended now: its name stays taken until it is."""
-        held.let_go()
-        self.close_stdin()
-        if self._pidfd is not None:
-            self._host.unreaped.add(self._pid)
-            self._close_pidfd()
-        self._host.unfinished[held.claim] = None
-
-    def _close_pidfd(self) -> None:
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
 
     def _end_by(self, grace: float) -> None:
         if self._ending is None:
@@ -518,27 +394,10 @@ class Sandbox:
         """End it without waiting; the registry keeps its row, and the next owner finishes what is left."""
         if self._held is not None and not self._given_back:
             self._held.let_go()
-        self._close_pidfd()
-        if self._stdin is not None:
-            os.close(self._stdin)
-            self._stdin = None
+        self._program.close()
 
     @property
     def _holdings(self) -> Holdings:
         if self._held is None:
             raise self._wrong_state()
         return self._held
-
-
-async def _emptied(cgroup: Cgroup) -> None:
-    """Wait for `populated 0`: nothing of it runs any more."""
-    with cgroup.watch(memory=False) as watch:
-        # The kernel holds the notice of a cgroup back that has just given one. At the end of a short life that is
-        # most of the wait, so look again a few times by ourselves.
-        for pause in NOTICE_PAUSES:
-            if not watch.refresh().populated:
-                return
-            with anyio.move_on_after(pause):
-                await readable(watch.fileno())
-        while watch.refresh().populated:
-            await readable(watch.fileno())

@@ -377,7 +377,7 @@ async def test_twenty_deaths_in_a_row_lose_and_double_no_line(settings: Settings
 DIE = """
 import signal
 import cgroups
-from pactown_runner import main_process, registry, sandbox, trees
+from pactown_runner import main_process, program, registry, trees
 from pactown_runner.logs import pump
 
 def die():
@@ -415,7 +415,7 @@ POINTS = {
     "after the limits": "after(trees.Tree, 'limit')",
     "after one FIFO": "after(pump.Fifo, 'create')",
     "after the FIFOs": "after(pump.LogPump, 'create')",
-    "before the launch": "before(sandbox, 'launch_async')",
+    "before the launch": "before(program, 'launch_async')",
     "before it is written down": "before(main_process.Main, 'mark')",
     "after it is written down": "after(main_process.Main, 'mark')",
     "before its output is taken": "before(pump.LogPump, 'start')",

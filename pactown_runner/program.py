@@ -1,0 +1,153 @@
+"""A sandbox's first process: started by the launcher, or found; waited for by pidfd; fed through a pipe."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from dataclasses import replace
+
+import anyio
+
+from .errors import StartError, StateError
+from .exits import reap, reap_foreign
+from .holdings import Holdings
+from .host import Host
+from .launcher import launch_async
+from .main_process import Main
+from .models import IsolationReport, SandboxSpec
+from .outcomes import ExitStatus
+from .programs import launch_spec
+from .waiting import readable
+
+__all__ = ["Program"]
+
+START_TIMEOUT = 30.0
+"""Seconds in which the launcher must have executed the program. It takes milliseconds."""
+
+REAP_TIMEOUT = 30.0
+"""Seconds in which a process that was killed must be there to be reaped."""
+
+
+class Program:
+    """The first process of a sandbox.
+
+    Attributes:
+        pid: its number, as this supervisor sees it; 0 if there is none, or it is not known.
+        isolation: what the launcher read back from the kernel just before `execve`, if it is known.
+    """
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.isolation: IsolationReport | None = None
+        self._pidfd: int | None = None
+        self._stdin: int | None = None
+
+    async def launch(self, spec: SandboxSpec, held: Holdings) -> None:
+        """Start it in its cgroup.
+
+        Raises:
+            StartError: it could not be started.
+        """
+        out, err = held.pump.child_fds
+        stdin = asyncio.subprocess.DEVNULL
+        if spec.stdin:
+            stdin, self._stdin = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(self._stdin, False)
+            if os.geteuid() == 0:
+                # For programs that open /dev/stdin again.
+                os.fchown(stdin, held.user.linux_uid, held.user.linux_gid)
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                started = await launch_async(launch_spec(spec, held.user), held.cgroup.fd, stdin, out, err)
+        except TimeoutError:
+            # The tenant's own processes can stop the launcher's child once it has their uid.
+            raise StartError(f"not executed after {START_TIMEOUT:g} s", step="launcher") from None
+        finally:
+            held.pump.close_child_fds()
+            if stdin >= 0:
+                os.close(stdin)
+        self.pid, self._pidfd = started.pid, started.pidfd
+        if not (started.report.cgroup or held.place).endswith(held.place):
+            raise StartError(f"it was placed in {started.report.cgroup}, not in {held.place}", step="readback")
+        self.isolation = replace(started.report, limits=held.limits)
+
+    def recognise(self, main: Main | None) -> None:
+        """Go on with what a predecessor started; without a note of its own it is not known which it is."""
+        if main is not None:
+            self.pid, self.isolation, self._pidfd = main.pid, main.isolation, main.pidfd()
+
+    async def exited(self) -> None:
+        """Wait until it has exited; at once where nobody knows which it is."""
+        if self._pidfd is not None:
+            await readable(self._pidfd)
+
+    async def status(self, host: Host) -> ExitStatus:
+        """Take its exit status, once nothing of its sandbox runs any more."""
+        if self._pidfd is None:
+            return ExitStatus()
+        try:
+            return reap(self._pidfd) or await self._reap_patiently(host, self._pidfd)
+        except ChildProcessError:
+            # Not our child: a dead supervisor's, or somebody reaped it although it was not his.
+            return await host.in_thread(reap_foreign, self._pidfd, self.pid)
+        finally:
+            self._close_pidfd()
+
+    async def _reap_patiently(self, host: Host, pidfd: int) -> ExitStatus:
+        """Take the status of what is just ending, of what is shown to its tracer first, or of what escaped its end."""
+        # Whoever moved it out of its cgroup took it from under the kill.
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        with anyio.move_on_after(REAP_TIMEOUT):
+            await readable(pidfd)
+        if (status := reap(pidfd)) is None:
+            host.unreaped.add(self.pid)
+            status = await host.in_thread(reap_foreign, pidfd, self.pid)
+        return status
+
+    def leave(self, host: Host) -> None:
+        """Let go of one that cannot be reaped now; the supervisor tries again."""
+        if self._pidfd is not None:
+            host.unreaped.add(self.pid)
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        self.close_stdin()
+        self._close_pidfd()
+
+    def _close_pidfd(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    async def send(self, data: bytes) -> None:
+        """Write to its standard input, as fast as it reads.
+
+        Raises:
+            StateError: it has no open standard input, or has closed it.
+        """
+        view = memoryview(data)
+        while True:
+            if self._stdin is None:
+                raise StateError("it has no open standard input", remedy="start it with stdin=True")
+            if not view:
+                return
+            try:
+                view = view[os.write(self._stdin, view) :]
+            except BlockingIOError:
+                # Closed by us meanwhile: the next turn says so.
+                with contextlib.suppress(anyio.ClosedResourceError):
+                    await anyio.wait_writable(self._stdin)
+            except BrokenPipeError as error:
+                raise StateError("the program has closed its standard input") from error
+
+    def close_stdin(self) -> None:
+        """Give it end-of-file on its standard input."""
+        if self._stdin is not None:
+            with contextlib.suppress(RuntimeError, anyio.NoEventLoopError):
+                anyio.notify_closing(self._stdin)
+            os.close(self._stdin)
+            self._stdin = None
