@@ -146,7 +146,7 @@ async def launch_async(
         if _spawns_cheaply(loop):
             launched = await _through_asyncio(call, stdin, stdout, stderr)
         else:
-            launched = await _through_popen(call, stdin, stdout, stderr)
+            launched = await _through_posix_spawn(call, stdin, stdout, stderr)
         return Started(launched.pid, _pidfd(launched.pid), launched.report)
     except BaseException:
         await _finish(asyncio.ensure_future(_abandon(call)))
@@ -164,7 +164,7 @@ def _pidfd(pid: int) -> int:
 
 
 def _spawns_cheaply(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether the loop's own spawn costs about what `subprocess.Popen` does, which else takes its place.
+    """Whether the loop's own spawn costs about what `os.posix_spawn` does, which else takes its place.
 
     asyncio of Python 3.11 starts a thread for each child, to wait for it: 0.3 ms. uvloop's spawn copies the page
     tables: 30 ms with 1 GiB resident. The child that matters is waited for by pidfd in any case.
@@ -204,15 +204,37 @@ async def _reap_launcher(spawn: asyncio.Future[asyncio.subprocess.Process]) -> N
             raise
 
 
-async def _through_popen(call: Call, stdin: int, stdout: int, stderr: int) -> Launched:
-    launcher = _popen(call, stdin, stdout, stderr)
+async def _through_posix_spawn(call: Call, stdin: int, stdout: int, stderr: int) -> Launched:
+    launcher = _posix_spawn(call, (stdin, stdout, stderr))
     call.started()
     try:
         await _decided(call)
     finally:
-        # The parent half waits for nothing, so neither does this.
-        launcher.wait()
+        # The parent half waits for nothing, so neither does this. A host may reap children that are not its own.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(launcher, 0)  # noqa: ASYNC222
     return call.status.result()
+
+
+def _posix_spawn(call: Call, streams: tuple[int, int, int]) -> int:
+    """Start the launcher, and return its pid; at two thirds of what `subprocess.Popen` costs."""
+    if any(0 <= fd <= 2 for fd in (*streams, *call.pass_fds)):
+        # One would be overwritten before it is copied: the host program runs with a standard stream closed.
+        popen = _popen(call, *streams)
+        popen.returncode = 0  # reaped by us, not by the object
+        return popen.pid
+    actions: list[tuple[int, int, int] | tuple[int, int, str, int, int]] = [
+        (os.POSIX_SPAWN_OPEN, to, os.devnull, os.O_RDWR, 0)
+        if fd == subprocess.DEVNULL
+        else (os.POSIX_SPAWN_DUP2, fd, to)
+        for to, fd in enumerate(streams)
+    ]
+    # Copied onto itself, a descriptor stays open in the child, and in the child alone: posix_spawn_file_actions(3p).
+    actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in call.pass_fds]
+    try:
+        return os.posix_spawn(call.argv[0], call.argv, {}, file_actions=actions)
+    except OSError as error:
+        raise no_launcher(error) from error
 
 
 async def _decided(call: Call) -> None:

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -273,3 +274,31 @@ def _with_a_secret(spec: LaunchSpec) -> bytes:
 def test_the_public_names_are_there() -> None:
     for name in launcher.__all__:
         assert getattr(launcher, name)
+
+
+def test_a_host_with_a_closed_standard_stream_can_start(leaf: Leaf, tenant: int) -> None:
+    """Then one of our own descriptors has its number."""
+    source = """
+import asyncio, os, sys
+from pactown_runner.launcher import LaunchSpec, launch_async
+async def main():
+    os.close(0)
+    os.close(1)
+    read_end, write_end = os.pipe()
+    assert (read_end, write_end) == (0, 1)
+    out, into = os.pipe()
+    uid = int(sys.argv[1])
+    spec = LaunchSpec(argv=["/bin/echo", "said"], uid=uid, gid=uid)
+    started = await launch_async(spec, int(sys.argv[2]), read_end, into, into)
+    os.waitid(os.P_PIDFD, started.pidfd, os.WEXITED)
+    os.write(2, os.read(out, 100))
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", source, str(tenant), str(leaf.fd)],
+        check=False,
+        pass_fds=[leaf.fd],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert (done.returncode, done.stderr) == (0, b"said\n")
