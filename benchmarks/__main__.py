@@ -1,4 +1,4 @@
-"""`python -m benchmarks [spawn|logs|idle] [options]`: one of them, or all with their defaults."""
+"""`python -m benchmarks [spawn|logs|idle] [options]`: one of them (options alone: `spawn`), or all with their defaults."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ def main(words: list[str]) -> int:
     """Run what is named first, with the words behind it, or everything."""
     if words and words[0] in BENCHMARKS:
         return BENCHMARKS[words[0]](words[1:])
+    if words and words[0].startswith("-"):
+        return spawn.main(words)
     if words:
         print(f"usage: python -m benchmarks [{'|'.join(BENCHMARKS)}] [options]", file=sys.stderr)
         return 2
