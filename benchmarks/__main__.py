@@ -1,4 +1,4 @@
-"""`python -m benchmarks [spawn|logs|idle] [options]`: one of them (options alone: `spawn`), or all with their defaults."""
+"""`python -m benchmarks [spawn|logs|idle] [options]`: one (options alone: `spawn`), or all with their defaults."""
 
 from __future__ import annotations
 
