@@ -118,21 +118,6 @@ def test_limit_that_cannot_be_enforced_is_an_error(cli: Cli, nothing_runs: Nothi
     nothing_runs()
 
 
-@pytest.mark.kernel
-def test_limits_hold(cli: Cli) -> None:
-    done = cli("run", "--user", USER, "--memory", "64M", "--cpu", "50%", "--pids", "9", "--json", "--", "true")
-    limits = json.loads(done.stdout)["isolation"]["limits"]
-    assert limits["memory.max"] == str(64 << 20)
-    assert limits["cpu.max"] == "50000 100000"
-    assert limits["pids.max"] == "9"
-
-
-@pytest.mark.kernel
-def test_out_of_memory_is_137(cli: Cli) -> None:
-    hog = ["/usr/bin/python3", "-c", "x = b'x' * (256 << 20)"]
-    assert cli("run", "--user", USER, "--memory", "64M", "--", *hog).returncode == 137
-
-
 def test_five_megabytes_go_round(cli: Cli) -> None:
     data = os.urandom(5_000_000)
     done = cli("run", "--user", USER, "-i", "--", "cat", input=data)
