@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cgroups import Cgroup, find_mount
+from cgroups import find_mount
 from pactown_runner import Sandbox, Settings, Supervisor
 from tests import hostsweep
 from tests.supervising import line_of, python, spec
@@ -71,10 +71,6 @@ def cgroup_of(sandbox: Sandbox) -> Path:
     """Where a sandbox is in the tree, as its first process reads it."""
     assert sandbox.isolation.cgroup is not None
     return find_mount().path / sandbox.isolation.cgroup.lstrip("/")
-
-
-def open_cgroup(sandbox: Sandbox) -> Cgroup:
-    return Cgroup.open(cgroup_of(sandbox))
 
 
 def slice_of(sandbox: Sandbox) -> Path:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cgroups import Limits, PressureWatch, Stats
-from pactown_runner import Supervisor
-from tests.kernel.conftest import MIB, Bystander, Measure, cgroup_of, open_cgroup
+from cgroups import Cgroup, Limits, PressureWatch, Stats
+from pactown_runner import Sandbox, Supervisor
+from tests.kernel.conftest import MIB, Bystander, Measure, cgroup_of, slice_of
 from tests.kernel.test_cpu import BURN, used
 from tests.supervising import line_of, python, soon, spec
 
@@ -52,6 +53,7 @@ n = 0
 while n < 300_000:
     n += 1
 import time
+from collections.abc import Callable
 time.sleep(2.5)  # the kernel sums pressure up every two seconds
 """
     limits = Limits(memory_max="100M", cpu_max=0.5, pids_max=10)
@@ -87,9 +89,10 @@ STALLS = {
 }
 
 
+@pytest.mark.parametrize("whose", [cgroup_of, slice_of], ids=["service", "tenant"])
 @pytest.mark.parametrize("resource", ["memory", "cpu"])
 async def test_pressure_is_told_within_two_seconds_of_stall(
-    supervisor: Supervisor, measured: Measure, resource: str
+    supervisor: Supervisor, measured: Measure, resource: str, whose: Callable[[Sandbox], Path]
 ) -> None:
     limits, source = STALLS[resource]
     sandbox = await supervisor.start(spec(python(source), stdin=True, limits=limits))
@@ -97,7 +100,7 @@ async def test_pressure_is_told_within_two_seconds_of_stall(
     loop, heard = asyncio.get_running_loop(), asyncio.Event()
     assert resource in ("memory", "cpu")
     with (
-        open_cgroup(sandbox) as cgroup,
+        Cgroup.open(whose(sandbox)) as cgroup,
         PressureWatch(cgroup, resource, 100_000, 1_000_000) as watch,  # type: ignore[arg-type]  # asserted above
     ):
         assert not watch.wait(0.5)
