@@ -7,8 +7,9 @@ from cgroups import Limits, Stats
 
 from .config import Settings
 from .errors import RunnerError
-from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, SandboxSpec, State
+from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, State
 from .sandbox import Sandbox
+from .specs import SandboxSpec
 from .supervisor import Supervisor
 
 __all__ = [

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from cgroups import FormatError, Limits
+from cgroups import FormatError, Limits, parse_bytes
 
 from .errors import ConfigError
 
@@ -41,6 +41,17 @@ class Settings:
         stop_grace: seconds between SIGTERM and SIGKILL.
         on_crash: what becomes of a dead supervisor's services: the next one adopts them, or kills them.
         takeover_interval: seconds between two looks for what a dead owner left.
+        on_exit: what becomes of what runs when a supervisor ends in order: it is stopped, or left running for the next.
+        log_rotate_bytes: a service's log is put aside at this size, and a new one begun.
+        log_keep: how many that were put aside are kept of each service.
+        log_cap_bytes: the most bytes that all logs of one tenant take; beyond it the oldest are dropped.
+        log_rate_bytes: bytes that one tenant may print per second, over all its sandboxes; None for no end.
+        log_rate_policy: what becomes of output beyond that: its writer waits (`block`), or it is dropped and counted.
+        max_sandboxes: the most that run on this host at once, over all tenants; None for no end.
+        max_sandboxes_per_user: the most that one tenant runs at once; None for no end.
+        starts_per_minute: how many starts one tenant has, as a rate and as the most at once; None for no end.
+        memory_reserve: bytes of the host's memory that must be available beyond what a new sandbox may take.
+        event_buffer: how many events are kept for a reader that is slow.
     """
 
     users_base: Path = DEFAULT_USERS_BASE
@@ -54,6 +65,17 @@ class Settings:
     stop_grace: float = 10.0
     on_crash: Literal["adopt", "kill"] = "adopt"
     takeover_interval: float = 1.0
+    on_exit: Literal["stop", "leave"] = "stop"
+    log_rotate_bytes: int = 64 << 20
+    log_keep: int = 3
+    log_cap_bytes: int = 1 << 30
+    log_rate_bytes: int | None = None
+    log_rate_policy: Literal["block", "drop"] = "block"
+    max_sandboxes: int | None = None
+    max_sandboxes_per_user: int | None = None
+    starts_per_minute: float | None = None
+    memory_reserve: int = 64 << 20
+    event_buffer: int = 1024
 
     def __post_init__(self) -> None:
         for name in _PATHS:
@@ -68,18 +90,31 @@ class Settings:
                 raise ConfigError(f"uid range {first}-{last} is not a range of uids above 0")
         if not self.uid_ranges:
             raise ConfigError("uid_ranges is empty, so no user could ever be made")
-        if not 0 <= self.stop_grace < float("inf"):
-            raise ConfigError(f"stop_grace must be a number of seconds, 0 or more, not {self.stop_grace!r}")
-        # Without a pause the look for dead owners would be all that the loop does.
-        if not 0 < self.takeover_interval < float("inf"):
-            raise ConfigError(f"takeover_interval must be a number of seconds above 0, not {self.takeover_interval!r}")
+        self._check_numbers()
         if self.tenant_limits.memory_oom_group:
             raise ConfigError(
                 "tenant_limits cannot have memory_oom_group: one service would take all of its tenant's along",
                 remedy="set it in default_limits",
             )
-        if self.on_crash not in ("adopt", "kill"):
-            raise ConfigError(f"on_crash must be 'adopt' or 'kill', not {self.on_crash!r}")
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
+
+    def _check_numbers(self) -> None:
+        if not 0 <= self.stop_grace < float("inf"):
+            raise ConfigError(f"stop_grace must be a number of seconds, 0 or more, not {self.stop_grace!r}")
+        # Without a pause the look for dead owners would be all that the loop does.
+        if not 0 < self.takeover_interval < float("inf"):
+            raise ConfigError(f"takeover_interval must be a number of seconds above 0, not {self.takeover_interval!r}")
+        for name, least in _WHOLE_NUMBERS.items():
+            _check_whole_number(name, getattr(self, name), least)
+        if self.log_cap_bytes < self.log_rotate_bytes:
+            raise ConfigError(
+                f"log_cap_bytes is {self.log_cap_bytes}, less than the {self.log_rotate_bytes} of one log",
+                remedy="lower log_rotate_bytes or raise log_cap_bytes",
+            )
+        if self.starts_per_minute is not None and not 0 < self.starts_per_minute < float("inf"):
+            raise ConfigError(f"starts_per_minute must be a number above 0, not {self.starts_per_minute!r}")
 
     @property
     def root_mode(self) -> bool:
@@ -111,7 +146,29 @@ class Settings:
         return cls(**_default_dirs(values, environ))
 
 
+def _check_whole_number(name: str, value: object, least: int) -> None:
+    if value is None and name in _OPTIONAL:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number, {least} or more, not {value!r}")
+
+
 _PATHS = ("users_base", "state_dir", "log_dir", "run_dir")
+_CHOICES = {"on_crash": ("adopt", "kill"), "on_exit": ("stop", "leave"), "log_rate_policy": ("block", "drop")}
+_SIZES = ("log_rotate_bytes", "log_cap_bytes", "log_rate_bytes", "memory_reserve")
+_WHOLE_NUMBERS = {
+    "log_rotate_bytes": 4096,
+    "log_keep": 0,
+    "log_cap_bytes": 4096,
+    "log_rate_bytes": 4096,
+    "max_sandboxes": 0,
+    "max_sandboxes_per_user": 0,
+    "memory_reserve": 0,
+    "event_buffer": 1,
+}
+"""And the least that each may be."""
+_OPTIONAL = ("log_rate_bytes", "max_sandboxes", "max_sandboxes_per_user", "starts_per_minute")
+"""May be `None`, which an environment variable says by the word `none`."""
 _NAMES = frozenset(item.name for item in fields(Settings))
 
 
@@ -137,20 +194,33 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _parse(name: str, value: Any, *, source: str) -> Any:
     """One value, from TOML's types or from the text of an environment variable."""
+    if name in _OPTIONAL and value in (None, "none"):
+        return None
     try:
-        if name in _PATHS:
-            return Path(value)
-        if name == "uid_ranges":
-            pairs = [pair.split("-") for pair in value.split(",")] if isinstance(value, str) else value
-            return tuple((int(first), int(last)) for first, last in pairs)
-        if name in ("default_limits", "tenant_limits"):
-            table = tomllib.loads(f"x = {{{value}}}")["x"] if isinstance(value, str) else value
-            return Limits(**table)
-        if name in ("stop_grace", "takeover_interval"):
-            return float(value)
+        return _PARSERS[name](value) if name in _PARSERS else value
     except (FormatError, TypeError, ValueError) as error:
         raise ConfigError(f"{source}: {name} cannot be {value!r}: {error}") from error
-    return value
+
+
+def _parse_ranges(value: Any) -> tuple[tuple[int, int], ...]:
+    pairs = [pair.split("-") for pair in value.split(",")] if isinstance(value, str) else value
+    return tuple((int(first), int(last)) for first, last in pairs)
+
+
+def _parse_limits(value: Any) -> Limits:
+    table = tomllib.loads(f"x = {{{value}}}")["x"] if isinstance(value, str) else value
+    return Limits(**table)
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(_PATHS, Path),
+    **dict.fromkeys(_WHOLE_NUMBERS, int),
+    **dict.fromkeys(_SIZES, parse_bytes),
+    **dict.fromkeys(("stop_grace", "takeover_interval", "starts_per_minute"), float),
+    **dict.fromkeys(("default_limits", "tenant_limits"), _parse_limits),
+    "uid_ranges": _parse_ranges,
+}
+"""What makes a value of TOML, or the text of an environment variable, into a setting's."""
 
 
 def _default_dirs(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:

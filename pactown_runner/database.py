@@ -19,7 +19,7 @@ from types import TracebackType
 from .errors import RegistryError
 from .passage import exposed
 
-__all__ = ["BUSY_TIMEOUT", "BusyError", "Database", "exclusive", "make_dirs", "private_dir"]
+__all__ = ["BUSY_TIMEOUT", "BusyError", "Database", "exclusive", "make_dirs", "private_dir", "transaction"]
 
 BUSY_TIMEOUT = 10.0
 """Seconds to wait for another process's write. The longest are the durable ones: some milliseconds each."""
@@ -105,6 +105,18 @@ class Database:
                 yield db
             finally:
                 db.execute("PRAGMA synchronous = NORMAL")
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All that is executed within is committed at its end, or nothing of it."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
 
 
 def private_dir(path: Path) -> Path:
@@ -221,14 +233,9 @@ def _prepare(db: sqlite3.Connection, path: Path, application_id: int, migrations
 
 def _migrate(db: sqlite3.Connection, application_id: int, migrations: Migrations, version: int) -> None:
     db.execute("PRAGMA synchronous = FULL")
-    db.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(db):
         for step in migrations[version:]:
             for statement in step:
                 db.execute(statement)
         db.execute(f"PRAGMA application_id = {application_id}")
         db.execute(f"PRAGMA user_version = {len(migrations)}")
-        db.execute("COMMIT")
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise

@@ -27,8 +27,9 @@ from .errors import AccountError, NotFoundError, RegistryError, StateError
 from .host import Claim, Host
 from .logs import LogPaths, LogPump
 from .main_process import Main
-from .models import IsolatedUser, SandboxSpec
+from .models import IsolatedUser
 from .registry import Kind, Registry, SandboxRow
+from .specs import SandboxSpec
 from .trees import slice_name
 
 __all__ = ["Holdings", "Run", "ask_to_end", "kill_rest"]

@@ -11,6 +11,7 @@ from typing import TypeVar, TypeVarTuple
 
 from .config import Settings
 from .errors import RegistryError
+from .events import EventBus
 from .logs import LogHub
 from .models import IsolatedUser
 from .owners import Owner
@@ -42,6 +43,7 @@ class Host:
     threads: ThreadPoolExecutor
     quick: Registry
     """The registry without waiting, for the event loop: what cannot be had at once is left to a thread."""
+    events: EventBus
     known: dict[str, IsolatedUser] = field(default_factory=dict)
     """Users by id, as last seen. That one still is what it was only a claim tells."""
     unreaped: set[int] = field(default_factory=set)

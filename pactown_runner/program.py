@@ -16,9 +16,10 @@ from .holdings import Holdings
 from .host import Host
 from .launcher import launch_async
 from .main_process import Main
-from .models import IsolationReport, SandboxSpec
+from .models import IsolationReport
 from .outcomes import ExitStatus
 from .programs import launch_spec
+from .specs import SandboxSpec
 from .waiting import readable
 
 __all__ = ["Program"]

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from .launcher import DEFAULT_PATH, Directory, LaunchSpec
-from .models import IsolatedUser, SandboxSpec
+from .models import IsolatedUser
+from .specs import SandboxSpec
 
 __all__ = ["launch_spec", "tenant_environment"]
 

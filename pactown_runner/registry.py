@@ -15,13 +15,13 @@ import os
 import sqlite3
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
-from .database import Database
+from .database import Database, transaction
 from .errors import AlreadyRunningError, NotFoundError, RegistryError, StateError
 from .models import IsolatedUser
 
-__all__ = ["ClaimedError", "Kind", "Registry", "SandboxRow", "UserRow", "UserStatus"]
+__all__ = ["ClaimedError", "Kind", "Registry", "SandboxRow", "ServiceRow", "UserRow", "UserStatus"]
 
 UserStatus = Literal["creating", "ready", "deleting", "deleted"]
 """`creating` and `deleting`: the account may or may not exist, and whoever comes next finishes the job."""
@@ -58,6 +58,20 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (key, service_id)
         ) STRICT, WITHOUT ROWID""",
     ),
+    (
+        """CREATE TABLE services (
+            key TEXT NOT NULL,
+            service_id TEXT NOT NULL,
+            spec TEXT NOT NULL,
+            created_at REAL NOT NULL,
+            PRIMARY KEY (key, service_id)
+        ) STRICT, WITHOUT ROWID""",
+        """CREATE TABLE starts (
+            key TEXT NOT NULL PRIMARY KEY,
+            tokens REAL NOT NULL,
+            at REAL NOT NULL
+        ) STRICT, WITHOUT ROWID""",
+    ),
 )
 """See `Database`: steps are only ever added."""
 
@@ -73,6 +87,15 @@ _ONE_SANDBOX = _SANDBOXES + "WHERE key = ? AND service_id = ?"
 _CLAIM = (
     "INSERT INTO sandboxes SELECT ?, ?, ?, ?, ?, ?, ?, ? "
     "WHERE EXISTS (SELECT 1 FROM users WHERE key = ? AND status = 'ready')"
+)
+_REGISTER = "INSERT OR REPLACE INTO services VALUES (?, ?, ?, ?)"
+_FORGET = "DELETE FROM services WHERE key = ? AND service_id = ?"
+_ABSENT = (
+    "SELECT key, service_id, spec, created_at FROM services WHERE NOT EXISTS (SELECT 1 FROM sandboxes "
+    "WHERE sandboxes.key = services.key AND sandboxes.service_id = services.service_id) ORDER BY created_at"
+)
+_RESTART = (
+    "UPDATE sandboxes SET run_id = ?, created_at = ? WHERE key = ? AND service_id = ? AND run_id = ? AND owner = ?"
 )
 _RELEASE = "DELETE FROM sandboxes WHERE key = ? AND service_id = ? AND run_id = ?"
 _TAKE_OVER = "UPDATE sandboxes SET owner = ? WHERE key = ? AND service_id = ? AND run_id = ? AND owner = ?"
@@ -120,6 +143,22 @@ class SandboxRow:
     kind: Kind
     spec: str
     cgroup: str
+    created_at: float
+
+
+class ServiceRow(NamedTuple):
+    """A service that is meant to run whenever a supervisor does, until somebody stops it.
+
+    Attributes:
+        key: the user's key.
+        service_id: unique within the user.
+        spec: what to run, as JSON.
+        created_at: when it was started first, in seconds since the epoch.
+    """
+
+    key: str
+    service_id: str
+    spec: str
     created_at: float
 
 
@@ -255,8 +294,10 @@ class Registry:
         Raises:
             StateError: something is claimed for this user, or the user is deleted.
         """
-        with self._database.durable() as db:
+        with self._database.durable() as db, transaction(db):
             done = db.execute(_BEGIN_REMOVAL, (row.key,)).rowcount == 1
+            if done:
+                db.execute("DELETE FROM services WHERE key = ?", (row.key,))
         if not done:
             raise StateError(
                 f"cannot remove user {row.username}: something runs for it, or it is removed already",
@@ -293,16 +334,43 @@ class Registry:
             NotFoundError: there is no such user, or it is being made or removed.
         """
         with self._database as db:
-            try:
-                done = db.execute(_CLAIM, (*_values_of(row), row.key)).rowcount
-            except sqlite3.IntegrityError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
-                    raise
-                found = db.execute(_ONE_SANDBOX, (row.key, row.service_id)).fetchone()
-                # Another process may have released it just now; it was claimed when we asked.
-                raise ClaimedError(row, SandboxRow(*found) if found else None) from None
+            self._claim(db, row)
+
+    def register(self, row: SandboxRow) -> None:
+        """Claim a service, and write down that it is to come back until it is stopped, in one; durable.
+
+        Raises: as `claim`; then neither is written down.
+        """
+        with self._database.durable() as db, transaction(db):
+            self._claim(db, row)
+            db.execute(_REGISTER, (row.key, row.service_id, row.spec, row.created_at))
+
+    def _claim(self, db: sqlite3.Connection, row: SandboxRow) -> None:
+        try:
+            done = db.execute(_CLAIM, (*_values_of(row), row.key)).rowcount
+        except sqlite3.IntegrityError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
+                raise
+            found = db.execute(_ONE_SANDBOX, (row.key, row.service_id)).fetchone()
+            # Another process may have released it just now; it was claimed when we asked.
+            raise ClaimedError(row, SandboxRow(*found) if found else None) from None
         if done != 1:
             raise NotFoundError(f"cannot start {row.service_id!r}: no user with key {row.key} is ready")
+
+    def forget(self, key: str, service_id: str) -> bool:
+        """A registered service is not to come back; durable. False if it was not registered."""
+        with self._database.durable() as db:
+            return db.execute(_FORGET, (key, service_id)).rowcount == 1
+
+    def absent_services(self) -> list[ServiceRow]:
+        """Registered services that nobody has claimed, oldest first."""
+        with self._database as db:
+            return [ServiceRow(*values) for values in db.execute(_ABSENT).fetchall()]
+
+    def restart(self, claim: tuple[str, str, str], owner: str, run_id: str, created_at: float) -> bool:
+        """Begin another run under the same name, which stays claimed. False if it is not `owner`'s any more."""
+        with self._database as db:
+            return db.execute(_RESTART, (run_id, created_at, *claim, owner)).rowcount == 1
 
     def release(self, key: str, service_id: str, run_id: str) -> bool:
         """Nothing of this run is left. False if the service is not there, or is another run's by now."""

@@ -24,9 +24,10 @@ from .holdings import Holdings, Run, ask_to_end
 from .host import Host
 from .logs import LogError, read_log
 from .main_process import Main
-from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, Reason, SandboxSpec, State
+from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, Reason, State
 from .outcomes import outcome_of
 from .program import Program
+from .specs import SandboxSpec
 
 __all__ = ["Sandbox"]
 

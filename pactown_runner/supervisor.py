@@ -18,17 +18,19 @@ from anyio import to_thread
 
 from .config import Settings
 from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError, TreeError
+from .events import EventBus
 from .exits import reap_late
 from .holdings import Run
 from .homes import SandboxFiles
 from .host import Host
 from .logs import LogHub, LogPaths, read_log
-from .models import IsolatedUser, LogRecord, Outcome, SandboxSpec, check_service_id
+from .models import IsolatedUser, LogRecord, Outcome
 from .outcomes import failed_to_start
 from .owners import Owner
 from .recovery import Found, claim_left_behind, end_left_behind, end_unfinished, forget_dead_owners, sweep
 from .registry import Kind, Registry
 from .sandbox import Sandbox
+from .specs import SandboxSpec, check_service_id
 from .trees import open_tree
 from .users import Users
 
@@ -128,7 +130,7 @@ class Supervisor:
             held.callback(tree.close)
             threads = held.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="pactown"))
             self._held.push(held.pop_all())
-        return Host(settings, registry, users, tree, hub, owner, threads, quick)
+        return Host(settings, registry, users, tree, hub, owner, threads, quick, EventBus(settings.event_buffer))
 
     async def _close(self) -> None:
         """End everything. A cancellation meanwhile is raised when all is done: what would be left, nobody would see."""

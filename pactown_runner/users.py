@@ -20,8 +20,9 @@ from .config import Settings
 from .database import exclusive
 from .errors import AccountError, NotFoundError, StateError
 from .home_dirs import make_home
-from .models import IsolatedUser, check_user_id
+from .models import IsolatedUser
 from .registry import Registry, UserRow
+from .specs import check_user_id
 
 __all__ = ["Users", "keys_of"]
 

@@ -13,16 +13,8 @@ from hypothesis import strategies as st
 
 from cgroups import Limits, Stats
 from pactown_runner.errors import RunnerError, SpecError
-from pactown_runner.models import (
-    IsolatedUser,
-    IsolationReport,
-    LogRecord,
-    Outcome,
-    SandboxSpec,
-    State,
-    check_service_id,
-    check_user_id,
-)
+from pactown_runner.models import IsolatedUser, IsolationReport, LogRecord, Outcome, State
+from pactown_runner.specs import SandboxSpec, check_service_id, check_user_id
 
 SERVICE_ALPHABET = "ABCXYZabcxyz0189._-"
 
@@ -234,4 +226,12 @@ def test_a_record_is_bytes_and_text() -> None:
 
 
 def test_states_are_words() -> None:
-    assert [f"{state}" for state in State] == ["starting", "running", "frozen", "stopping", "ended"]
+    assert [f"{state}" for state in State] == [
+        "starting",
+        "running",
+        "frozen",
+        "stopping",
+        "backing-off",
+        "crash-looping",
+        "ended",
+    ]

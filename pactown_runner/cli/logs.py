@@ -48,8 +48,8 @@ def _log_of(settings: Settings, user_id: str, service_id: str) -> str:
 
     from ..errors import NotFoundError  # noqa: PLC0415
     from ..logs import LogPaths  # noqa: PLC0415
-    from ..models import check_service_id, check_user_id  # noqa: PLC0415
     from ..registry import Registry  # noqa: PLC0415
+    from ..specs import check_service_id, check_user_id  # noqa: PLC0415
 
     check_user_id(user_id)
     check_service_id(service_id)

@@ -13,7 +13,7 @@ from .options import Config, Raw, UsersBase, load_settings
 if TYPE_CHECKING:
     from cgroups import Limits
 
-    from ..models import SandboxSpec
+    from ..specs import SandboxSpec
 
 __all__ = ["register"]
 
@@ -157,7 +157,7 @@ def _spec(
     limits: Limits,
 ) -> SandboxSpec:
     from ..errors import SpecError  # noqa: PLC0415
-    from ..models import SandboxSpec  # noqa: PLC0415
+    from ..specs import SandboxSpec  # noqa: PLC0415
 
     pairs = [word.partition("=") for word in env]
     for name, sign, _ in pairs:

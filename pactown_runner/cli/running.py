@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 from ..config import Settings
 from ..errors import RunnerError, StateError
-from ..models import Outcome, SandboxSpec
+from ..models import Outcome
 from ..sandbox import Sandbox
+from ..specs import SandboxSpec
 from ..supervisor import Supervisor
 from .messages import NO_READER, say
 from .output import Output, relay

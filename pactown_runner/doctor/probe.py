@@ -13,7 +13,8 @@ from ..config import Settings
 from ..errors import RunnerError, StartError
 from ..launcher import LaunchSpec, launch_popen, launcher_path
 from ..launcher.build import BuildError, machine_of
-from ..models import IsolationReport, Namespace
+from ..models import IsolationReport
+from ..specs import Namespace
 from .finding import Finding, fail, ok, warn
 from .host import taken_ids
 

@@ -15,7 +15,7 @@ import anyio
 from ..errors import FilesError
 from ..host import Host
 from ..jobs import JOB_TIMEOUT, Stop
-from ..models import check_service_id, check_user_id
+from ..specs import check_service_id, check_user_id
 from .get import Get
 from .put import Put
 from .transfer import Inside, OnProgress, Transfer

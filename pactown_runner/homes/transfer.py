@@ -12,7 +12,8 @@ from pathlib import PurePosixPath
 from ..errors import FilesError, NotFoundError, SpecError, StartError
 from ..jobs import Job
 from ..launcher import Directory
-from ..models import IsolatedUser, check_service_id
+from ..models import IsolatedUser
+from ..specs import check_service_id
 from .unpacking import MAX_NAME_BYTES
 
 __all__ = ["Inside", "OnProgress", "Transfer", "explained", "how", "parts_of"]

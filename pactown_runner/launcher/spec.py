@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import Literal, NamedTuple
 
 from ..errors import SpecError
-from ..models import Namespace
+from ..specs import Namespace
 
 __all__ = ["DEFAULT_PATH", "DEFAULT_RLIMITS", "MAX_SPEC_BYTES", "Directory", "LaunchSpec", "Rlimit"]
 

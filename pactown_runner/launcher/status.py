@@ -12,7 +12,8 @@ from errno import E2BIG, EACCES, EAGAIN, EBUSY, ENODEV, ENOENT, ENOEXEC, EOPNOTS
 from typing import NamedTuple
 
 from ..errors import LauncherError, StartError
-from ..models import IsolationReport, Namespace, Placement
+from ..models import IsolationReport, Placement
+from ..specs import Namespace
 from .spec import NAMESPACE_FLAGS, Directory, LaunchSpec
 
 __all__ = ["STEPS", "Failure", "Launched", "StatusReader", "start_error"]

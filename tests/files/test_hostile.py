@@ -14,7 +14,8 @@ from pactown_runner.errors import FilesError, RunnerError
 from pactown_runner.homes import SandboxFiles
 from pactown_runner.homes.get import Get
 from pactown_runner.homes.unpacking import Bounds, Extracted, extract
-from pactown_runner.models import SandboxSpec, State
+from pactown_runner.models import State
+from pactown_runner.specs import SandboxSpec
 from pactown_runner.supervisor import Supervisor
 from tests.files.helpers import OTHER, SERVICE, USER, as_tenant, snapshot
 
