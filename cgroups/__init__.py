@@ -29,7 +29,7 @@ from .group import Cgroup
 from .io_limits import IoMax
 from .limits import Limits
 from .pressure import PressureWatch
-from .stats import Pressure, Stats, StatsPlan, read_stats
+from .stats import Pressure, Stats, StatsPlan, read_all, read_stats
 from .tree import Mount, available_controllers, delegated, find_mount, own_directory, own_path
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "own_path",
     "parse_bytes",
     "parse_cpu",
+    "read_all",
     "read_events",
     "read_stats",
 ]

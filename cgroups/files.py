@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 _CHUNK = 16_384
+_LISTS = ("cgroup.procs", "cgroup.threads")
 _READ = os.O_RDONLY | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC
 _ABSENT = frozenset({errno.ENOENT, errno.EOPNOTSUPP})  # EOPNOTSUPP: pressure files where PSI is switched off
@@ -60,7 +61,10 @@ def _read(dir_fd: int, name: str) -> str:
     fd = os.open(name, _READ, dir_fd=dir_fd)
     try:
         data = os.read(fd, _CHUNK)
-        # A list of pids comes in pieces of the kernel's choosing; only an empty read is the end.
+        # A list of ids comes in pieces of the kernel's choosing; only an empty read is the end. All else it writes in
+        # one go, and one read takes it whole if there is room.
+        if len(data) < _CHUNK and not name.endswith(_LISTS):
+            return data.decode()
         while more := os.read(fd, _CHUNK):
             data += more
         return data.decode()

@@ -116,6 +116,10 @@ class Cgroup:
             os.fchmod(fd, directories.MODE)
         return group
 
+    def dup(self) -> Cgroup:
+        """Another hold of the same cgroup, with a descriptor of its own, and the caller's to close."""
+        return Cgroup(os.dup(self.fd), self._path, plan=self._plan)
+
     def child_names(self) -> list[str]:
         """The names of the cgroups directly below, sorted."""
         return sorted(directories.child_names(self.fd))

@@ -14,8 +14,8 @@ from cgroups import CgroupError, FormatError
 PUBLIC = """
 MAX BusyError Cgroup CgroupError CpuQuota Events ExistsError FormatError FrozenTimeoutError GoneError
 IoMax LimitRefusedError Limits Max Mount NotSupportedError Pressure PressureWatch Stats StatsPlan WaitTimeoutError Watch
-available_controllers delegated find_mount format_bytes own_directory own_path parse_bytes parse_cpu read_events
-read_stats
+available_controllers delegated find_mount format_bytes own_directory own_path parse_bytes parse_cpu read_all
+read_events read_stats
 """
 LAYERS = [
     {"errors"}, {"formats"}, {"files", "io_limits"},

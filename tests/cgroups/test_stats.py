@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cgroups import Cgroup, FormatError, GoneError, Pressure, Stats, StatsPlan, files, read_stats
+from cgroups import Cgroup, FormatError, GoneError, Pressure, Stats, StatsPlan, files, read_all, read_stats
 from cgroups.stats import parse_pressure
 from tests.cgroups.conftest import Start
 from tests.cgroups.fake import make_fake
@@ -93,6 +93,26 @@ def test_files_are_looked_for_once_for_each_set_of_controllers(tmp_path: Path, m
         assert read_stats(other.fd, plan).memory_current is None
 
 
+def test_many_are_read_at_once(tmp_path: Path) -> None:
+    with make_fake(tmp_path / "a.scope") as full, make_fake(tmp_path / "b.scope", []) as bare:
+        fill(full)
+        found = read_all({"full": full.fd, "bare": bare.fd}, pressure=True)
+    assert list(found) == ["full", "bare"]
+    assert found["full"] is not None
+    assert found["full"].oom == ALL.oom
+    assert found["full"].cpu_pressure == Pressure(avg10=0.0, total_usec=17)
+    assert found["bare"] is not None
+    assert found["bare"].oom is None
+    assert found["bare"].io_pressure == Pressure(avg10=0.0, total_usec=0, full_avg10=0.0, full_total_usec=0)
+
+
+def test_as_many_disks_as_there_are(fake: Cgroup) -> None:
+    lines = [f"8:{number} rbytes=1 wbytes=10 rios=100 wios=1000 dbytes=0 dios=0\n" for number in range(1000)]
+    (fake.path / "io.stat").write_text("".join(lines))
+    stats = fake.stats()
+    assert (stats.io_rbytes, stats.io_wbytes, stats.io_rios, stats.io_wios) == (1000, 10_000, 100_000, 1_000_000)
+
+
 def test_garbage_is_an_error_and_not_a_number(fake: Cgroup) -> None:
     (fake.path / "memory.current").write_text("many\n")
     with pytest.raises(FormatError):
@@ -131,6 +151,16 @@ def test_no_disk_used_is_zero_and_no_io_controller_is_none(fake: Cgroup) -> None
     assert read_stats(fake.fd).io_rbytes is None
 
 
+def test_pressure_with_more_words_is_read_all_the_same() -> None:
+    usual = "some avg10=1.25 avg60=0.00 avg300=0.00 total=3\nfull avg10=2.50 avg60=0.00 avg300=0.00 total=4\n"
+    expected = Pressure(avg10=1.25, total_usec=3, full_avg10=2.5, full_total_usec=4)
+    assert parse_pressure(usual) == expected
+    assert parse_pressure(usual.replace(" total", " avg900=7.00 total")) == expected
+    assert parse_pressure(usual + "most avg10=0.00 total=5\n") == expected
+    with pytest.raises(FormatError):
+        parse_pressure(usual + "most=5\n")
+
+
 @pytest.mark.parametrize("text", ["", "full avg10=0 total=0\n", "some avg10=x total=1\n", "some total=1\n", "some\n"])
 def test_what_is_no_pressure_is_an_error(text: str) -> None:
     with pytest.raises(FormatError):
@@ -143,3 +173,26 @@ def test_a_removed_cgroup_has_no_counters(group: Cgroup) -> None:
     group.remove()
     with pytest.raises(GoneError):
         group.stats()
+
+
+@pytest.mark.host
+def test_one_that_is_gone_is_none_and_the_others_are_read(group: Cgroup) -> None:
+    with group.child("a.scope", create=True) as one, group.child("b.scope", create=True) as gone:
+        gone.remove()
+        # Its name is another's by now, which is not meant.
+        with group.child("b.scope", create=True):
+            found = read_all({1: one.fd, 2: gone.fd}, pressure=True)
+    assert found[1] is not None
+    assert found[1].cpu_usage_usec == 0
+    assert found[2] is None
+
+
+@pytest.mark.host
+def test_a_second_hold_outlives_the_first(group: Cgroup) -> None:
+    with group.child("a.scope", create=True) as one, one.dup() as other:
+        one.close()
+        assert other.path == group.path / "a.scope"
+        assert other.stats().cpu_usage_usec == 0
+        other.remove()
+        with pytest.raises(GoneError):
+            other.stats()
