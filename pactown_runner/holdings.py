@@ -1,4 +1,4 @@
-"""What a sandbox holds on its host: claim > cgroup > log.
+"""What a run holds on its host: claim > cgroup > log.
 
 Each is taken in this order and given back in the reverse one, whatever happens in between. The claim is the first and
 the last, so that at any moment a row in the registry names everything of a sandbox that may exist.
@@ -18,24 +18,27 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import NamedTuple, Self, TypeVar
+from typing import Literal, NamedTuple, Self, TypeVar
 
 from cgroups import Cgroup, CgroupError, ExistsError, GoneError, Stats
 
 from .database import BusyError
-from .errors import AccountError, NotFoundError, RegistryError, StateError
+from .errors import AccountError, NotFoundError, StateError
 from .host import Claim, Host
-from .logs import LogPaths, LogPump
+from .logs import LogFeed, LogPaths, LogPump
 from .main_process import Main
 from .models import IsolatedUser
 from .registry import Kind, Registry, SandboxRow
 from .specs import SandboxSpec
 from .trees import slice_name
 
-__all__ = ["Holdings", "Run", "ask_to_end", "kill_rest"]
+__all__ = ["Claiming", "Holdings", "Run", "ask_to_end", "kill_rest"]
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+Claiming = Literal["claim", "register", "held"]
+"""How a run comes by its name: it claims it; it registers the service too, which is then to come back; it has it."""
 
 KNOWN_USERS = 10_000
 """So many users are remembered, a few hundred bytes each."""
@@ -58,7 +61,7 @@ class Run(NamedTuple):
 
 
 class Holdings:
-    """What one run holds, from `take` or `take_over` to `give_back` or `let_go`.
+    """What one run holds, from `take` or `take_over` to `remove_cgroup` or `let_go`. The claim outlives it.
 
     Attributes:
         user: the tenant.
@@ -73,86 +76,97 @@ class Holdings:
     pump: LogPump
     limits: dict[str, str]
 
-    def __init__(self, host: Host, run: Run, user: IsolatedUser) -> None:
+    def __init__(self, host: Host, run: Run, user: IsolatedUser, feed: LogFeed) -> None:
         self.user = user
         self.main: Main | None = None
         self.frozen = False
         self._host = host
         self._run = run
+        self._feed = feed
         self._ooms_before = 0
 
     # Taking -----------------------------------------------------------------------------------------------------
 
     @classmethod
-    async def take(cls, host: Host, run: Run) -> Self:
+    async def take(cls, host: Host, run: Run, claiming: Claiming, feed: LogFeed) -> Self:
         """Take all that a run needs, or nothing. Its user is made if there is none.
 
         Raises:
             RunnerError, CgroupError, OSError: something cannot be had.
         """
-        held = cls._take_at_once(host, run)
-        return await host.in_thread(cls._take_patiently, host, run) if held is None else held
+        # What is registered is on the disk before it runs, and the disk is waited for in a thread.
+        held = None if claiming == "register" else cls._take_at_once(host, run, claiming, feed)
+        return await host.in_thread(cls._take_patiently, host, run, claiming, feed) if held is None else held
 
     @classmethod
-    async def take_over(cls, host: Host, run: Run) -> Self:
+    async def take_over(cls, host: Host, run: Run, feed: LogFeed) -> Self:
         """Take what a dead owner left running; the claim is ours already. If it fails, it goes on running."""
-        return await host.in_thread(cls._take_over, host, run)
+        return await host.in_thread(cls._take_over, host, run, feed)
 
     @classmethod
-    def _take_at_once(cls, host: Host, run: Run) -> Self | None:
+    def _take_at_once(cls, host: Host, run: Run, claiming: Claiming, feed: LogFeed) -> Self | None:
         """Take all, if nothing has to be waited for."""
         user = host.known.get(run.spec.user_id)
         if user is None or not host.tree.has_slice(user.key):
             return None
         try:
             host.users.verify(user)
-            return cls._take_for(host, run, user, host.quick)
+            return cls(host, run, user, feed)._take(host.quick, claiming)
         except (AccountError, BusyError, ExistsError, NotFoundError):
             # Perhaps a cgroup of that name has to be ended first, or the user was removed meanwhile. The long way does
             # the one, and makes the other anew or says what is wrong.
             return None
 
     @classmethod
-    def _take_patiently(cls, host: Host, run: Run) -> Self:
+    def _take_patiently(cls, host: Host, run: Run, claiming: Claiming, feed: LogFeed) -> Self:
         user = host.users.get_or_create(run.spec.user_id)
-        held = cls._take_for(host, run, user, host.registry)
+        held = cls(host, run, user, feed)._take(host.registry, claiming)
         if len(host.known) >= KNOWN_USERS:
             host.known.clear()
         host.known[user.saas_user_id] = user
         return held
 
-    @classmethod
-    def _take_for(cls, host: Host, run: Run, user: IsolatedUser, registry: Registry) -> Self:
-        held, spec = cls(host, run, user), run.spec
+    def _take(self, registry: Registry, claiming: Claiming) -> Self:
+        host, spec = self._host, self._run.spec
         with ExitStack() as undo:
-            row = SandboxRow(
-                key=user.key,
-                service_id=spec.service_id,
-                run_id=run.run_id,
-                owner=host.owner.owner_id,
-                kind=run.kind,
-                spec=spec.to_json() if run.kind == "service" else "{}",
-                cgroup=host.tree.path + held.place,
-                created_at=run.started_at,
-            )
-            registry.claim(row)
-            undo.callback(host.release, held.claim)
-            held.cgroup = held._make_cgroup(patient=registry is host.registry)
-            undo.callback(held._remove_cgroup)
+            self._claim(registry, claiming, undo)
+            self.cgroup = self._make_cgroup(patient=registry is host.registry)
+            undo.callback(self.remove_cgroup)
             limits = host.settings.default_limits if spec.limits is None else spec.limits
-            held.limits = host.tree.limit(user.key, held.cgroup, limits)
-            held._ooms_before = host.tree.tenant_oom(user.key)
-            held.pump = held._make_pump()
-            held.pump.create()
+            self.limits = host.tree.limit(self.user.key, self.cgroup, limits)
+            self._ooms_before = host.tree.tenant_oom(self.user.key)
+            self.pump = self._make_pump()
+            self.pump.create()
             undo.pop_all()
-        return held
+        return self
+
+    def _claim(self, registry: Registry, claiming: Claiming, undo: ExitStack) -> None:
+        if claiming == "held":
+            return
+        host, run = self._host, self._run
+        row = SandboxRow(
+            key=self.user.key,
+            service_id=run.spec.service_id,
+            run_id=run.run_id,
+            owner=host.owner.owner_id,
+            kind=run.kind,
+            spec=run.spec.to_json() if run.kind == "service" else "{}",
+            cgroup=host.tree.path + self.place,
+            created_at=run.started_at,
+        )
+        if claiming == "register":
+            registry.register(row)
+            undo.callback(registry.forget, row.key, row.service_id)
+        else:
+            registry.claim(row)
+        undo.callback(host.release, self.claim)
 
     @classmethod
-    def _take_over(cls, host: Host, run: Run) -> Self:
+    def _take_over(cls, host: Host, run: Run, feed: LogFeed) -> Self:
         user = host.users.get(run.spec.user_id)
         if user is None:
             raise StateError(f"{run.spec.service_id!r} runs for a user who is not registered")
-        held = cls(host, run, user)
+        held = cls(host, run, user, feed)
         held._ooms_before = host.tree.tenant_oom(user.key)
         with host.tree.open_scope(slice_name(user.key), f"{run.spec.service_id}.scope") as cgroup:
             held.main = Main.read(cgroup)
@@ -193,6 +207,7 @@ class Holdings:
             run_id=self._run.run_id,
             uid=user.linux_uid,
             gid=user.linux_gid,
+            feed=self._feed,
             hub=self._host.hub,
         )
 
@@ -225,14 +240,6 @@ class Holdings:
 
     # Giving back ------------------------------------------------------------------------------------------------
 
-    async def give_back(self) -> None:
-        """Remove the cgroup, in which nothing runs any more, then the claim. The log is finished, or left behind."""
-        self._remove_cgroup()
-        try:
-            self._host.quick.release(*self.claim)
-        except RegistryError:
-            await self._host.in_thread(self._host.release, self.claim)
-
     def kill_tracers(self) -> None:
         """Kill those of the tenant's processes that may keep from ending what was killed; blocking."""
         with self._host.tree.slice(self.user.key) as slice_:
@@ -245,7 +252,8 @@ class Holdings:
             self.cgroup.kill()
         self.pump.detach()
 
-    def _remove_cgroup(self) -> None:
+    def remove_cgroup(self) -> None:
+        """Remove the cgroup, in which nothing runs any more."""
         try:
             with self.cgroup:
                 self.cgroup.remove()

@@ -75,13 +75,13 @@ def claim_left_behind(host: Host, *, services: bool) -> list[Found]:
     return found
 
 
-async def end_left_behind(host: Host, claim: Claim) -> bool:
-    """Kill what still runs of it, write down what it had printed, and give its name free.
+async def end_left_behind(host: Host, claim: Claim, *, keep: bool = False) -> bool:
+    """Kill what still runs of it, write down what it had printed, and give its name free, or `keep` it.
 
     False if that cannot be done now; it is then left to `end_unfinished`.
     """
     try:
-        await _end(host, *claim)
+        await _end(host, *claim, keep=keep)
     except (RunnerError, CgroupError, OSError) as error:
         _log.error("cannot end run %s of %s yet: %s", claim[2], claim[1], error)
         # Behind the others: each of them gets its turn.
@@ -102,7 +102,7 @@ async def end_unfinished(host: Host) -> None:
         await write_down(host, claim)
 
 
-async def _end(host: Host, key: str, service_id: str, run_id: str) -> None:
+async def _end(host: Host, key: str, service_id: str, run_id: str, *, keep: bool) -> None:
     if not await host.in_thread(_is_ours, host, key, service_id, run_id):
         return
     # Its output first: what waits in a FIFO is gone with the last process that holds it open.
@@ -113,7 +113,8 @@ async def _end(host: Host, key: str, service_id: str, run_id: str) -> None:
     finally:
         if not await _finish_log(pump):
             host.unwritten[key, service_id, run_id] = time.monotonic()
-    await host.in_thread(host.registry.release, key, service_id, run_id)
+    if not keep:
+        await host.in_thread(host.registry.release, key, service_id, run_id)
 
 
 async def sweep(host: Host) -> None:

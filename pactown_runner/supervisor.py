@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from pathlib import Path
@@ -18,13 +18,13 @@ from anyio import to_thread
 
 from .config import Settings
 from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError, TreeError
-from .events import EventBus
+from .events import EventBus, EventReader
 from .exits import reap_late
 from .holdings import Run
 from .homes import SandboxFiles
 from .host import Host
 from .logs import LogHub, LogPaths, read_log
-from .models import IsolatedUser, LogRecord, Outcome
+from .models import IsolatedUser, LogRecord, Outcome, State
 from .outcomes import failed_to_start
 from .owners import Owner
 from .recovery import Found, claim_left_behind, end_left_behind, end_unfinished, forget_dead_owners, sweep
@@ -145,6 +145,7 @@ class Supervisor:
                 cancelled = error
         self._held.close()
         if host is not None:
+            host.events.close()
             # With the tenants' processes their tracers have ended.
             reap_late(host.unreaped)
         if cancelled is not None:
@@ -156,11 +157,30 @@ class Supervisor:
             self._patrol.cancel()
             await asyncio.wait([self._patrol])
             self._patrol = None
-        async with anyio.create_task_group() as stopping:
+        async with anyio.create_task_group() as ending:
             for sandbox in list(self._sandboxes.values()):
-                stopping.start_soon(_stop_quietly, sandbox)
+                leave = self.settings.on_exit == "leave" and sandbox.run.kind == "service"
+                ending.start_soon(_quietly, sandbox, sandbox.leave if leave else sandbox.end)
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+    def hasten(self) -> None:
+        """Let all grace be over, here and now: what was asked to end, or will be, is killed at once."""
+        for sandbox in self._sandboxes.values():
+            sandbox.hasten()
+
+    def events(self) -> EventReader:
+        """What happens to users and sandboxes from now on; `async for` reads it, until the supervisor ends.
+
+        Any number of readers may read. One that is slow is told by an event of the kind `missed` how many it did not
+        get; it holds up nobody.
+
+        Raises:
+            StateError: the supervisor is not running.
+        """
+        if self._host is None:
+            raise self._refusal
+        return self._host.events.read()
 
     @property
     def files(self) -> SandboxFiles:
@@ -254,11 +274,16 @@ class Supervisor:
     @asynccontextmanager
     async def _begin(self, spec: SandboxSpec, kind: Kind) -> AsyncGenerator[Sandbox, None]:
         """Begin a sandbox's life. Whoever is cancelled within leaves nothing of it behind."""
+        if kind == "run" and spec.restart.mode != "no":
+            raise SpecError("a one-shot run is not restarted", remedy="start it as a service, or without restart")
         if self._host is None:
             raise self._refusal
         name = (spec.user_id, spec.service_id)
-        if name in self._sandboxes:
-            raise AlreadyRunningError(f"service {spec.service_id!r} of user {spec.user_id!r} runs already")
+        if (there := self._sandboxes.get(name)) is not None:
+            if there.state is not State.CRASH_LOOPING:
+                raise AlreadyRunningError(f"service {spec.service_id!r} of user {spec.user_id!r} runs already")
+            # Somebody tries anew, with another command perhaps.
+            await there.end()
         run = Run(spec, kind, secrets.token_hex(8), time.time())
         sandbox = self._watch_over(Sandbox(self._host, run, self._forget))
         try:
@@ -267,16 +292,16 @@ class Supervisor:
             await self._end_abandoned(sandbox)
             raise
 
-    def _watch_over(self, sandbox: Sandbox, *, found: bool = False) -> Sandbox:
+    def _watch_over(self, sandbox: Sandbox) -> Sandbox:
         self._sandboxes[sandbox.user_id, sandbox.service_id] = sandbox
-        task = asyncio.create_task(sandbox.live(found=found))
+        task = asyncio.create_task(sandbox.live())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return sandbox
 
     async def _end_abandoned(self, sandbox: Sandbox) -> None:
         """Whoever waited for it was cancelled, and perhaps is again: nobody else would ever look after it."""
-        stopping = asyncio.create_task(_stop_quietly(sandbox))
+        stopping = asyncio.create_task(_quietly(sandbox, sandbox.stop))
         self._tasks.add(stopping)
         stopping.add_done_callback(self._tasks.discard)
         with anyio.CancelScope(shield=True):
@@ -306,23 +331,50 @@ class Supervisor:
     async def _take_over(self, host: Host) -> None:
         services = self._role == "server"
         for found in await host.in_thread(lambda: claim_left_behind(host, services=services)):
-            adopt = found.row.kind == "service" and found.scope is not None and self.settings.on_crash == "adopt"
-            if not (adopt and await self._adopt(host, found)):
+            keep = found.row.kind == "service" and self.settings.on_crash == "adopt"
+            if not (keep and await self._go_on(host, found)):
                 await end_left_behind(host, found.claim)
+        if services:
+            await self._bring_back(host)
 
-    async def _adopt(self, host: Host, found: Found) -> bool:
-        """Go on with a service. False if that cannot be done, and it has to be ended."""
+    async def _go_on(self, host: Host, found: Found) -> bool:
+        """Go on with a service: with what runs of it, or else as its restart policy says. False if it has to end."""
         try:
             row = found.row
             run = Run(SandboxSpec.from_json(row.spec), "service", row.run_id, row.created_at)
             if (started := self._sandboxes.get((run.spec.user_id, run.spec.service_id))) is not None:
                 # A start here that came too early: the claim is the other's, and it is about to be told so.
                 await asyncio.gather(started.wait(), return_exceptions=True)
-            await self._watch_over(Sandbox(host, run, self._forget), found=True).started()
+            if found.scope is not None and await self._adopt(host, run, found):
+                return True
+            if run.spec.restart.mode == "no" or not await end_left_behind(host, found.claim, keep=True):
+                return False
+        except Exception as error:
+            _log.error("cannot go on with %s, which another supervisor left: %s", found.row.cgroup, error)
+            return False
+        self._watch_over(Sandbox(host, run, self._forget, beginning="lost", claim=found.claim))
+        return True
+
+    async def _adopt(self, host: Host, run: Run, found: Found) -> bool:
+        try:
+            sandbox = Sandbox(host, run, self._forget, beginning="adopt", claim=found.claim)
+            await self._watch_over(sandbox).started()
         except Exception as error:
             _log.error("cannot go on with %s, which another supervisor left: %s", found.row.cgroup, error)
             return False
         return True
+
+    async def _bring_back(self, host: Host) -> None:
+        """Start registered services that nobody runs: after a restart of the supervisor, or of the host."""
+        for row in await host.in_thread(host.registry.absent_services):
+            try:
+                spec = SandboxSpec.from_json(row.spec)
+            except SpecError as error:
+                _log.error("cannot bring back service %s of user %s: %s", row.service_id, row.key, error)
+                continue
+            if (spec.user_id, spec.service_id) not in self._sandboxes:
+                run = Run(spec, "service", secrets.token_hex(8), time.time())
+                self._watch_over(Sandbox(host, run, self._forget, beginning="return"))
 
 
 class SupervisorUsers:
@@ -344,11 +396,11 @@ class SupervisorUsers:
         return await to_thread.run_sync(self._users.list)
 
 
-async def _stop_quietly(sandbox: Sandbox) -> None:
+async def _quietly(sandbox: Sandbox, end: Callable[[], Awaitable[object]]) -> None:
     try:
-        await sandbox.stop()
+        await end()
     except StartError:
         # It never ran, which its starter has been told.
         pass
     except Exception as error:
-        _log.error("%r could not be stopped in order: %s", sandbox, error)
+        _log.error("%r could not be ended in order: %s", sandbox, error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import ExitStack, suppress
 from io import FileIO
 
@@ -34,7 +34,7 @@ async def read_log(
     follow: bool = False,
     since_seq: int = 0,
     tail: int | None = None,
-    run_id: str | None = None,
+    run_ids: Collection[str] | None = None,
     feed: LogFeed | None = None,
     ended: Callable[[], bool] | None = None,
     poll: float = POLL_SECONDS,
@@ -48,7 +48,7 @@ async def read_log(
         follow: wait for more at the end, until the feed is closed or `ended` says so and all has been read.
         since_seq: leave out the records up to this number.
         tail: begin with the last so many records at most.
-        run_id: leave out the records of other runs.
+        run_ids: leave out the records of other runs; looked at anew at each read, so that runs may join.
         feed: the writing pump's, if it is in this process and loop.
         ended: asked by a reader without feed, before each read: whether no more can come.
         poll: seconds between two looks, without a feed.
@@ -56,7 +56,7 @@ async def read_log(
     Raises:
         LogError: a whole line of the file is no record.
     """
-    cursor = _Cursor(path=path, follow=follow, seq=since_seq, run_id=run_id, feed=feed, ended=ended, poll=poll)
+    cursor = _Cursor(path=path, follow=follow, seq=since_seq, run_ids=run_ids, feed=feed, ended=ended, poll=poll)
     while True:
         cursor.look()
         with ExitStack() as stack:
@@ -82,7 +82,7 @@ class _Cursor:
         path: str,
         follow: bool,
         seq: int,
-        run_id: str | None,
+        run_ids: Collection[str] | None,
         feed: LogFeed | None,
         ended: Callable[[], bool] | None,
         poll: float,
@@ -96,7 +96,7 @@ class _Cursor:
         self._poll = poll
         self._version = 0
         self._load = loader()
-        self._mark = b"" if run_id is None else run_mark(run_id)
+        self._run_ids = run_ids
 
     def look(self) -> None:
         """Asked before a read: what was written before it is in that read."""
@@ -125,8 +125,8 @@ class _Cursor:
             chunk = await reading.read(CHUNK_BYTES)
             lines = (rest + chunk).split(b"\n")
             rest = lines.pop()
-            mark, load, seq = self._mark, self._load, self.seq
-            records = [record for line in lines if mark in line and (record := parse_record(line, load)).seq > seq]
+            load, seq = self._load, self.seq
+            records = [record for line in self._wanted(lines) if (record := parse_record(line, load)).seq > seq]
             if records:
                 self.seq = records[-1].seq
                 yield records
@@ -143,6 +143,12 @@ class _Cursor:
             if not newest or replaced or self.done:
                 return
             await self.more()
+
+    def _wanted(self, lines: list[bytes]) -> list[bytes]:
+        if self._run_ids is None:
+            return lines
+        marks = [run_mark(run_id) for run_id in self._run_ids]
+        return [line for line in lines if any(mark in line for mark in marks)]
 
 
 def _open(path: str) -> list[FileIO]:

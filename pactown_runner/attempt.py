@@ -1,0 +1,202 @@
+"""One run of a sandbox's program: from its cgroup and log to the `Outcome`, after which nothing of it is left.
+
+Only the claim on the name outlives it: that is the sandbox's, which may try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import anyio
+
+from .ending import emptied, end_rest
+from .errors import StateError
+from .holdings import Claiming, Holdings, Run, ask_to_end
+from .host import Host
+from .logs import LogError, LogFeed
+from .main_process import Main
+from .models import Outcome, Reason
+from .outcomes import outcome_of
+from .program import Program
+
+__all__ = ["Attempt", "LeftError"]
+
+_log = logging.getLogger(__name__)
+
+PRESSURE_AFTER = 2.0
+"""Seconds that a run must have lasted for its `Outcome` to tell of pressure: the kernel's own sampling period."""
+
+
+class LeftError(Exception):
+    """The run was left to a successor, and goes on."""
+
+
+class Attempt:
+    """One run.
+
+    Args:
+        feed: told of what it prints; the caller's, since other runs may follow.
+
+    Attributes:
+        run: what was asked for, and what tells it from other runs of the same service.
+        held: what it holds on its host, from the moment it does.
+        program: its first process.
+        executed: set when the program has been executed, or never will be.
+        started: whether it has been executed.
+        over: from here on nobody else may use what it holds.
+    """
+
+    def __init__(self, host: Host, run: Run, feed: LogFeed) -> None:
+        self.run = run
+        self.held: Holdings | None = None
+        self.program = Program()
+        self.executed = asyncio.Event()
+        self.started = False
+        self.over = False
+        self._host = host
+        self._feed = feed
+        self._ending: Reason | None = None
+        self._leaving = False
+        self._patience = anyio.CancelScope()
+        # A run that was taken over began before this process did.
+        self._began = time.monotonic() - max(0.0, time.time() - run.started_at)
+
+    async def go(
+        self, on_executed: Callable[[Holdings], None], on_exit: Callable[[], None], claiming: Claiming | None
+    ) -> Outcome:
+        """Begin and end it.
+
+        Args:
+            claiming: how it comes by its name. None: a dead owner left it running, and it is gone on with.
+            on_executed: called when the program runs.
+            on_exit: called when its first process has exited, it could not be started, or its time is up.
+
+        Raises:
+            LeftError: see `leave`.
+            RunnerError, CgroupError, OSError: it could not be started, or not be ended.
+        """
+        try:
+            held = await self._take(claiming)
+            failure: Exception | None = None
+            try:
+                if claiming is None:
+                    self.program.recognise(held.main)
+                else:
+                    await self.program.launch(self.run.spec, held)
+                    self._write_down(held)
+                held.pump.start()
+                self.started = True
+                on_executed(held)
+                self.executed.set()
+                await self._first_exit(held)
+            except Exception as error:
+                failure = error
+            if self._leaving:
+                self._leave(held)
+                raise LeftError
+            on_exit()
+            outcome = await self._give_back(held)
+            if failure is not None:
+                raise failure
+            return outcome
+        finally:
+            self.over = True
+            self.executed.set()
+
+    async def _take(self, claiming: Claiming | None) -> Holdings:
+        if claiming is None:
+            self.held = await Holdings.take_over(self._host, self.run, self._feed)
+        else:
+            self.held = await Holdings.take(self._host, self.run, claiming, self._feed)
+        return self.held
+
+    def _write_down(self, held: Holdings) -> None:
+        """Leave a note of the program on the cgroup, for whoever may have to go on with a service."""
+        if self.run.kind == "service" and self.program.isolation is not None:
+            Main.of(self.program.pid, self.program.isolation).mark(held.cgroup)
+
+    async def _first_exit(self, held: Holdings) -> None:
+        """Wait until the program has exited, or its time is up; when asked to end, for all of its processes."""
+        if self.run.spec.timeout is not None:
+            self._patience.deadline = anyio.current_time() + self._began + self.run.spec.timeout - time.monotonic()
+        with self._patience:
+            await self.program.exited()
+            if self._ending is not None:
+                await emptied(held.cgroup)
+        if self._patience.cancelled_caught and self._ending is None:
+            self._ending = "timed-out"
+
+    async def end(self, reason: Reason, grace: float) -> None:
+        """Send SIGTERM to each of its processes, thawed, and after `grace` seconds SIGKILL to what is left.
+
+        Returns when SIGTERM is sent; once it is over it does nothing.
+        """
+        if self.over or self.held is None:
+            return
+        # The deadline first: it is enforced even if the caller goes away in the meantime.
+        self._ending = self._ending or reason
+        self.hasten(grace)
+        if grace > 0:
+            await self.held.on_cgroup(ask_to_end)
+
+    def hasten(self, grace: float) -> None:
+        """Let the time of one that was asked to end be up in `grace` seconds at the latest."""
+        if self._ending is not None:
+            self._patience.deadline = min(self._patience.deadline, anyio.current_time() + grace)
+
+    def leave(self) -> None:
+        """Let go of it, running as it is, for a successor to take over. It must have been executed."""
+        if not self.over and self._ending is None:
+            self._leaving = True
+            self._patience.cancel()
+
+    def _leave(self, held: Holdings) -> None:
+        self.over = True
+        held.pump.detach()
+        held.cgroup.close()
+        self.program.close()
+
+    async def _give_back(self, held: Holdings) -> Outcome:
+        """End what is left, finish the log, and give back all but the claim."""
+        self.over = True
+        try:
+            survivors = await end_rest(self._host, held)
+        except StateError:
+            # Something of it is there, and cannot be ended now: its name stays taken until it is.
+            held.let_go()
+            self.program.leave(self._host)
+            self._host.unfinished[held.claim] = None
+            raise
+        wall_seconds = time.monotonic() - self._began
+        self.program.close_stdin()
+        try:
+            await held.pump.finish()
+        except (LogError, OSError) as error:
+            _log.error("log of %s is not complete: %s", held.place, error)
+            held.pump.detach()
+            self._host.unwritten[held.claim] = time.monotonic()
+        try:
+            return outcome_of(
+                await self.program.status(self._host),
+                asked=self._ending,
+                stats=held.stats(pressure=wall_seconds >= PRESSURE_AFTER),
+                tenant_oom=held.tenant_oom(),
+                survivors=survivors,
+                wall_seconds=wall_seconds,
+            )
+        finally:
+            held.remove_cgroup()
+
+    def dismiss(self) -> None:
+        """It never was: a predecessor's run that is over."""
+        self.over = True
+        self.executed.set()
+
+    def let_go(self) -> None:
+        """End it without waiting; the registry keeps its row, and the next owner finishes what is left."""
+        if self.held is not None and not self.over:
+            self.held.let_go()
+        self.program.close()
