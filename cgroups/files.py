@@ -63,7 +63,7 @@ def _read(dir_fd: int, name: str) -> str:
         data = os.read(fd, _CHUNK)
         # A list of ids comes in pieces of the kernel's choosing; only an empty read is the end. All else it writes in
         # one go, and one read takes it whole if there is room.
-        if len(data) < _CHUNK and not name.endswith(_LISTS):
+        if len(data) < _CHUNK and name not in _LISTS:
             return data.decode()
         while more := os.read(fd, _CHUNK):
             data += more
