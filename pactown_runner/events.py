@@ -1,4 +1,4 @@
-"""Events: what happens to users and sandboxes, told to any number of readers. For one event loop.
+"""Events: what happens to users and sandboxes, told to any number of readers. For one event loop, and its thread only.
 
 A reader that is slow holds up nobody and costs no more than its buffer: what does not fit is counted, and the reader is
 told how many it missed.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-import weakref
 from collections import deque
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 from .models import Event, EventKind
 
@@ -26,8 +26,10 @@ class EventBus:
 
     def __init__(self, buffer: int) -> None:
         self._buffer = buffer
-        # A reader that nobody holds any more needs no closing.
-        self._readers: weakref.WeakSet[EventReader] = weakref.WeakSet()
+        self._closed = False
+        # A reader that nobody holds any more needs no closing. One that is waited on may be held by the waiting task
+        # alone, and that task by nothing but what it waits for: so that is held here.
+        self._readers: WeakKeyDictionary[EventReader, asyncio.Event] = WeakKeyDictionary()
 
     def tell(
         self, kind: EventKind, user_id: str, service_id: str | None = None, run_id: str | None = None, **details: Any
@@ -38,70 +40,77 @@ class EventBus:
                 kind=kind, ts=time.time(), user_id=user_id, service_id=service_id, run_id=run_id, details=details
             )
             for reader in self._readers:
-                reader.put(event)
+                reader._put(event)
 
     def read(self) -> EventReader:
-        """A reader of all events from now on."""
-        reader = EventReader(self._buffer)
-        self._readers.add(reader)
+        """A reader of all events from now on; after `close` there are none."""
+        news = asyncio.Event()
+        reader = EventReader(self, self._buffer, news)
+        if self._closed:
+            reader.close()
+        else:
+            self._readers[reader] = news
         return reader
 
     def close(self) -> None:
         """No more events: readers end when they have read what they have."""
-        for reader in self._readers:
+        self._closed = True
+        for reader in list(self._readers):
             reader.close()
+
+    def _forget(self, reader: EventReader) -> None:
+        self._readers.pop(reader, None)
 
 
 class EventReader:
-    """One reader's events, in order; ends with the supervisor or when it is closed."""
+    """One reader's events, in order; ends with the supervisor or when it is closed.
 
-    def __init__(self, buffer: int) -> None:
+    To be cancelled while it waits loses no event. Of several tasks that wait on one reader each event goes to one only:
+    give each a reader of its own.
+    """
+
+    def __init__(self, bus: EventBus, buffer: int, news: asyncio.Event) -> None:
+        self._bus = bus
         self._buffer = buffer
+        self._news = news
         self._events: deque[Event] = deque()
         self._missed = 0
         self._closed = False
-        self._waiting: asyncio.Future[None] | None = None
 
-    def put(self, event: Event) -> None:
+    def _put(self, event: Event) -> None:
         """Keep it for the reader; count it if there is no room."""
-        if self._closed:
-            return
         if len(self._events) >= self._buffer:
             self._missed += 1
-        else:
+            return
+        if self._missed:
             # Said where the gap is, before the first that came through again.
-            self._tell_missed()
-            self._events.append(event)
-        self._wake()
+            self._events.append(self._say_missed())
+        self._events.append(event)
+        self._news.set()
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Nothing more comes. What is there already can still be read."""
         self._closed = True
-        self._wake()
+        self._bus._forget(self)
+        self._news.set()
+
+    async def aclose(self) -> None:
+        """As `close`, for `contextlib.aclosing`."""
+        self.close()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Event:
         while not self._events:
-            self._tell_missed()
-            if self._events:
-                break
+            if self._missed:
+                return self._say_missed()
             if self._closed:
                 raise StopAsyncIteration
-            self._waiting = asyncio.get_running_loop().create_future()
-            await self._waiting
+            self._news.clear()
+            await self._news.wait()
         return self._events.popleft()
 
-    async def aclose(self) -> None:
-        """As `close`, for `contextlib.aclosing`."""
-        self.close()
-
-    def _tell_missed(self) -> None:
-        if self._missed:
-            count, self._missed = self._missed, 0
-            self._events.append(Event(kind="missed", ts=time.time(), details={"count": count}))
-
-    def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+    def _say_missed(self) -> Event:
+        count, self._missed = self._missed, 0
+        return Event(kind="missed", ts=time.time(), details={"count": count})
