@@ -23,13 +23,14 @@ from .errors import (
     NotSupportedError,
     WaitTimeoutError,
 )
-from .events import Events, Watch, read_events
+from .events import Events, MemoryEvents, Watch, read_events
 from .formats import MAX, CpuQuota, Max, format_bytes, parse_bytes, parse_cpu
 from .group import Cgroup
 from .io_limits import IoMax
 from .limits import Limits
-from .pressure import PressureWatch
+from .pressure import PressureTrigger, PressureWatch
 from .stats import Pressure, Stats, StatsPlan, read_all, read_stats
+from .throttling import Throttled, read_throttled
 from .tree import Mount, available_controllers, delegated, find_mount, own_directory, own_path
 
 __all__ = [
@@ -47,12 +48,15 @@ __all__ = [
     "LimitRefusedError",
     "Limits",
     "Max",
+    "MemoryEvents",
     "Mount",
     "NotSupportedError",
     "Pressure",
+    "PressureTrigger",
     "PressureWatch",
     "Stats",
     "StatsPlan",
+    "Throttled",
     "WaitTimeoutError",
     "Watch",
     "available_controllers",
@@ -66,4 +70,5 @@ __all__ = [
     "read_all",
     "read_events",
     "read_stats",
+    "read_throttled",
 ]

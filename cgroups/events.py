@@ -19,7 +19,7 @@ from typing import Protocol, Self
 from . import files
 from .formats import parse_flat
 
-__all__ = ["Events", "Watch", "read_events", "wait_until"]
+__all__ = ["Events", "MemoryEvents", "OpenFile", "Watch", "read_events", "wait_until"]
 
 _OPEN = os.O_RDONLY | os.O_CLOEXEC
 _CHUNK = 1024
@@ -60,6 +60,77 @@ def read_events(dir_fd: int) -> Events:
     """
     values = parse_flat(files.read(dir_fd, "cgroup.events"))
     return Events(populated=values["populated"] != 0, frozen=values["frozen"] != 0)
+
+
+class OpenFile:
+    """One control file that is held open. Close it, or use it as a context manager."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, cgroup: int | HasFileno, name: str, flags: int = _OPEN) -> None:
+        self._fd = -1  # until there is something to close
+        dir_fd = cgroup if isinstance(cgroup, int) else cgroup.fileno()
+        try:
+            self._fd = os.open(name, flags, dir_fd=dir_fd)
+        except OSError as error:
+            raise files.translate(error, dir_fd, name) from error
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._fd
+
+    def _text(self) -> str:
+        try:
+            return os.pread(self._fd, _CHUNK, 0).decode()
+        except OSError as error:
+            raise files.translate(error, self._fd, "") from error
+
+    def close(self) -> None:
+        """Close the descriptor; a second time does nothing."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+
+class MemoryEvents(OpenFile):
+    """The counters of `memory.events`, held open: one descriptor, to be polled for EPOLLPRI along with many others.
+
+    It is ready from each change until it is read, and from the beginning: what was never read counts as changed. A
+    cgroup at its limit may change it all the time, of which the kernel tells 100 times a second at most.
+
+    Args:
+        cgroup: a `Cgroup`, or the descriptor of its directory; it need not stay open.
+
+    Raises:
+        NotSupportedError: memory is not controlled here.
+        GoneError: the cgroup was removed.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, cgroup: int | HasFileno) -> None:
+        super().__init__(cgroup, "memory.events")
+
+    def read(self) -> dict[str, int]:
+        """What they are now, such as `oom_kill`, over the cgroup and those below it.
+
+        Raises:
+            GoneError: the cgroup was removed.
+        """
+        return parse_flat(self._text())
 
 
 class Watch:

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import os
 import select
-import warnings
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 from . import files
 from .errors import FormatError
-from .events import HasFileno
+from .events import HasFileno, OpenFile
 from .stats import Pressure, parse_pressure
 
-__all__ = ["PressureWatch"]
+__all__ = ["PressureTrigger", "PressureWatch"]
 
 _OPEN = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
-_CHUNK = 1024
 _MIN_WINDOW_USEC, _MAX_WINDOW_USEC = 500_000, 10_000_000  # kernel/sched/psi.c
 _UNPRIVILEGED_USEC = 2_000_000
 
 
-class PressureWatch:
-    """Tells when a cgroup's tasks have waited for a resource for too long. Close it, or use it as a context manager.
+class PressureTrigger(OpenFile):
+    """Makes the kernel tell when a cgroup's tasks have waited for a resource for too long, through one descriptor.
+
+    For one epoll over many of them; `PressureWatch` is for one alone. Close it, or use it as a context manager.
 
     The kernel looks ten times in each window while there is pressure, and tells once in a window at most
-    (Documentation/accounting/psi.rst, "Monitoring for pressure thresholds").
+    (Documentation/accounting/psi.rst, "Monitoring for pressure thresholds"). Without CAP_SYS_RESOURCE it looks every
+    two seconds only.
+
+    To close it takes some 10 milliseconds, in which the kernel waits for an RCU grace period; so does the removal of
+    the cgroup while it is open. Many that are closed by many threads at once take no longer.
 
     Args:
         cgroup: a `Cgroup`, or the descriptor of its directory; it need not stay open.
@@ -42,7 +45,17 @@ class PressureWatch:
         GoneError: the cgroup was removed.
     """
 
-    __slots__ = ("_closed", "_epoll", "_fd")
+    __slots__ = ()
+
+    POLL_FOR = select.EPOLLIN | select.EPOLLPRI | select.EPOLLET
+    """What to register it for in an epoll that is itself watched by another, as every one in an event loop is.
+
+    The kernel tells each event once, to whoever looks first. That may be the outer epoll, which looks whether there is
+    anything in the inner one and does not keep what it saw. So the inner one asks for each waking of the file, which
+    can always be read, and does not count on EPOLLPRI. Not every waking is an event: the first comes with the
+    registration, others when a trigger of somebody else's on the same file tells or the cgroup goes. To `read` shows
+    whether anything was waited for.
+    """
 
     def __init__(
         self,
@@ -53,23 +66,48 @@ class PressureWatch:
         *,
         full: bool = False,
     ) -> None:
-        self._closed = True  # until there is something to close
+        self._fd = -1  # until there is something to close
         trigger = _render(stall_usec, window_usec, full=full)
         name = _file(resource)
         dir_fd = cgroup if isinstance(cgroup, int) else cgroup.fileno()
+        super().__init__(dir_fd, name, _OPEN)
         try:
-            self._fd = os.open(name, _OPEN, dir_fd=dir_fd)
+            os.write(self._fd, trigger.encode())
         except OSError as error:
-            raise files.translate(error, dir_fd, name) from error
-        self._closed = False
+            self.close()
+            refused = files.translate(error, dir_fd, name, trigger)
+            if window_usec % _UNPRIVILEGED_USEC:
+                refused.remedy = f"give a window of whole {_UNPRIVILEGED_USEC} microseconds, or CAP_SYS_RESOURCE"
+            raise refused from error
+
+    def read(self) -> Pressure:
+        """How long was waited so far.
+
+        Raises:
+            GoneError: the cgroup was removed.
+        """
+        return parse_pressure(self._text())
+
+
+class PressureWatch(PressureTrigger):
+    """A `PressureTrigger` with an epoll of its own: its descriptor is readable at each event, and at nothing else.
+
+    Takes the same arguments and raises the same errors.
+    """
+
+    __slots__ = ("_epoll",)
+
+    def __init__(
+        self,
+        cgroup: int | HasFileno,
+        resource: Literal["memory", "cpu", "io"],
+        stall_usec: int,
+        window_usec: int,
+        *,
+        full: bool = False,
+    ) -> None:
+        super().__init__(cgroup, resource, stall_usec, window_usec, full=full)
         try:
-            try:
-                os.write(self._fd, trigger.encode())
-            except OSError as error:
-                refused = files.translate(error, dir_fd, name, trigger)
-                if window_usec % _UNPRIVILEGED_USEC:
-                    refused.remedy = f"give a window of whole {_UNPRIVILEGED_USEC} microseconds, or CAP_SYS_RESOURCE"
-                raise refused from error
             # The file itself counts as readable all the time; only the event is wanted.
             self._epoll = select.epoll()
             self._epoll.register(self._fd, select.EPOLLPRI)
@@ -88,39 +126,11 @@ class PressureWatch:
         """Block until the next event, for `timeout` seconds at most; whether there was one."""
         return bool(self._epoll.poll(timeout, 1))
 
-    def read(self) -> Pressure:
-        """How long was waited so far.
-
-        Raises:
-            GoneError: the cgroup was removed.
-        """
-        try:
-            text = os.pread(self._fd, _CHUNK, 0).decode()
-        except OSError as error:
-            raise files.translate(error, self._fd, "") from error
-        return parse_pressure(text)
-
     def close(self) -> None:
         """Close the descriptors, and with them what the kernel watches; a second time does nothing."""
-        if self._closed:
-            return
-        self._closed = True
         if hasattr(self, "_epoll"):
             self._epoll.close()
-        os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+        super().close()
 
 
 def _file(resource: str) -> str:

@@ -13,14 +13,14 @@ from cgroups import CgroupError, FormatError
 
 PUBLIC = """
 MAX BusyError Cgroup CgroupError CpuQuota Events ExistsError FormatError FrozenTimeoutError GoneError
-IoMax LimitRefusedError Limits Max Mount NotSupportedError Pressure PressureWatch Stats StatsPlan WaitTimeoutError Watch
-available_controllers delegated find_mount format_bytes own_directory own_path parse_bytes parse_cpu read_all
-read_events read_stats
+IoMax LimitRefusedError Limits Max MemoryEvents Mount NotSupportedError Pressure PressureTrigger PressureWatch Stats
+StatsPlan Throttled WaitTimeoutError Watch available_controllers delegated find_mount format_bytes own_directory
+own_path parse_bytes parse_cpu read_all read_events read_stats read_throttled
 """
 LAYERS = [
     {"errors"}, {"formats"}, {"files", "io_limits"},
     {"controllers", "devices", "directories", "events", "limits", "stats"},
-    {"pressure", "processes", "writing"}, {"group"}, {"tree"},
+    {"pressure", "processes", "throttling", "writing"}, {"group"}, {"tree"},
 ]  # fmt: skip
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import select
 from pathlib import Path
 
 import pytest
 
-from cgroups import Cgroup, Events, GoneError, NotSupportedError, Watch, find_mount, read_events
+from cgroups import Cgroup, Events, GoneError, MemoryEvents, NotSupportedError, Watch, find_mount, read_events
 from cgroups.events import wait_until
 from tests.cgroups.conftest import Start
 from tests.cgroups.test_processes import IDLE
@@ -108,3 +109,20 @@ def test_memory_events_are_told_where_there_are_any(group: Cgroup) -> None:
     with group.watch() as watch, group.watch(memory=False) as plain:
         assert ("oom_kill" in watch.current.memory) == Path(group.path, "memory.events").exists()
         assert plain.current == read_events(group.fd) == Events(populated=False, frozen=False)
+
+
+def test_counters_that_are_held_open(fake: Cgroup) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with MemoryEvents(fake) as events:
+        assert events.read()["oom_kill"] == 0
+        with (fake.path / "memory.events").open("w") as file:
+            file.write("low 0\nhigh 0\nmax 7\noom 1\noom_kill 1\n")
+        assert events.read() == {"low": 0, "high": 0, "max": 7, "oom": 1, "oom_kill": 1}
+    events.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    held = [MemoryEvents(fake.fd)]
+    with pytest.warns(ResourceWarning, match=r"unclosed <cgroups\.events\.MemoryEvents"):
+        held.clear()
+    (fake.path / "memory.events").unlink()
+    with pytest.raises(NotSupportedError):
+        MemoryEvents(fake)

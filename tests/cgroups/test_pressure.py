@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 from typing import Any
 
 import pytest
 
-from cgroups import Cgroup, FormatError, GoneError, NotSupportedError, Pressure, PressureWatch
+from cgroups import Cgroup, FormatError, GoneError, NotSupportedError, Pressure, PressureTrigger, PressureWatch
 from cgroups.pressure import _render
 from tests.cgroups.conftest import Start
 
@@ -84,3 +85,30 @@ def test_a_removed_cgroup_has_no_pressure(group: Cgroup) -> None:
             watch.read()
         with pytest.raises(GoneError):
             PressureWatch(child, "cpu", 100_000, 2_000_000)
+
+
+@pytest.mark.host
+def test_one_epoll_in_another_tells_which_of_many_it_was(group: Cgroup, start: Start) -> None:
+    with (
+        group.child("busy.scope", create=True) as busy,
+        group.child("idle.scope", create=True) as idle,
+        PressureTrigger(busy, "cpu", 50_000, 2_000_000) as told,
+        PressureTrigger(idle, "cpu", 50_000, 2_000_000) as silent,
+        select.epoll() as inner,
+        select.epoll() as outer,
+    ):
+        for trigger in (told, silent):
+            inner.register(trigger, PressureTrigger.POLL_FOR)
+        assert {fd for fd, _ in inner.poll(0)} == {told.fileno(), silent.fileno()}  # the first is no event
+        assert inner.poll(0) == []
+        outer.register(inner, select.EPOLLIN)
+        for _ in range(2):  # two that want one CPU
+            process = start(BURN, busy)
+            os.sched_setaffinity(process.pid, {min(os.sched_getaffinity(0))})
+        before = 0
+        for _ in range(2):
+            assert outer.poll(10)
+            assert [fd for fd, _ in inner.poll(0)] == [told.fileno()]
+            assert told.read().total_usec >= before + 50_000
+            before = told.read().total_usec
+        assert silent.read().total_usec == 0
