@@ -1,16 +1,24 @@
 """Run other people's code on your own Linux machine, safely, from async Python.
 
 `docs/architecture.md` tells the one idea: a sandbox is a cgroup, and its name is a path.
+
+What is named here is imported when it is first used, so that whoever wants a part of it waits for that part only.
 """
 
-from cgroups import Limits, Stats
+from __future__ import annotations
 
-from .config import Settings
-from .errors import RunnerError
-from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, State
-from .sandbox import Sandbox
-from .specs import SandboxSpec
-from .supervisor import Supervisor
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cgroups import Limits, Stats
+
+    from .config import Settings
+    from .errors import RunnerError
+    from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, State
+    from .sandbox import Sandbox
+    from .specs import SandboxSpec
+    from .supervisor import Supervisor
 
 __all__ = [
     "IsolatedUser",
@@ -26,3 +34,30 @@ __all__ = [
     "Stats",
     "Supervisor",
 ]
+
+_MODULES = {
+    "IsolatedUser": ".models",
+    "IsolationReport": ".models",
+    "Limits": "cgroups",
+    "LogRecord": ".models",
+    "Outcome": ".models",
+    "RunnerError": ".errors",
+    "Sandbox": ".sandbox",
+    "SandboxSpec": ".specs",
+    "Settings": ".config",
+    "State": ".models",
+    "Stats": "cgroups",
+    "Supervisor": ".supervisor",
+}
+
+if not TYPE_CHECKING:  # a type checker would take every other name for one of ours, too
+
+    def __getattr__(name):
+        """Import a public name, https://peps.python.org/pep-0562; from then on it is an ordinary one."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_MODULES[name], __name__), name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

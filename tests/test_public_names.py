@@ -49,6 +49,30 @@ def test_all_is_what_is_promised() -> None:
     assert set(pactown_runner.__all__) >= PUBLIC
     for name in pactown_runner.__all__:
         assert getattr(pactown_runner, name).__doc__
+    assert set(dir(pactown_runner)) >= set(pactown_runner.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Supervisr'"):
+        pactown_runner.Supervisr  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("source", "unwanted"),
+    [
+        ("import pactown_runner", {"asyncio", "cgroups", "dataclasses", "sqlite3", "structlog"}),
+        ("from pactown_runner import SandboxSpec, Limits, RunnerError", {"asyncio", "sqlite3", "structlog"}),
+        ("from pactown_runner import *", {"rich", "structlog"}),
+        ("import pactown_runner.cli", {"asyncio", "cgroups", "rich", "structlog", "typer"}),
+        ("from pactown_runner.cli.app import make_app; make_app()", {"asyncio", "rich", "sqlite3", "structlog"}),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(source: str, unwanted: set[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{source}\nimport sys; print(*sys.modules)"],
+        cwd=Path(pactown_runner.__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert unwanted & set(done.stdout.split()) == set()
 
 
 @pytest.mark.parametrize("name", MODULES)

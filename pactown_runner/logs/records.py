@@ -16,12 +16,13 @@ import base64
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
-
-import structlog
+from typing import TYPE_CHECKING, Any
 
 from ..models import LogRecord, Stream
 from .errors import LogError
+
+if TYPE_CHECKING:
+    import structlog
 
 __all__ = [
     "PIECE_BYTES",
@@ -84,8 +85,11 @@ def _cut(line: bytes, pieces: list[Piece]) -> bytes:
     return line[begin:]
 
 
-class RecordLogger(structlog.BoundLoggerBase):
-    """A structlog logger, bound to user, service and run, whose events are records."""
+class RecordLogger:
+    """What a structlog logger, bound to user, service and run, makes of events that are records."""
+
+    def __init__(self, logger: structlog.BoundLoggerBase) -> None:
+        self._process_event = logger._process_event
 
     def render(
         self, pieces: list[Piece], *, ts: float, seq: int, stream: Stream, ends: list[int], index: int
@@ -119,14 +123,18 @@ class RecordLogger(structlog.BoundLoggerBase):
 
 
 def record_logger(user_id: str, service_id: str, run_id: str) -> RecordLogger:
-    """A logger for one run; nothing of structlog is configured globally."""
-    logger = structlog.wrap_logger(
+    """A logger for one run; nothing of structlog is configured globally.
+
+    The first one waits for structlog to be imported: some 30 ms where there is rich, which it imports in turn.
+    """
+    import structlog  # noqa: PLC0415 - much of the time that importing this package would take
+
+    logger = structlog.BoundLoggerBase(
         structlog.ReturnLogger(),
         processors=[structlog.processors.JSONRenderer(serializer=_serializer())],
-        wrapper_class=RecordLogger,
-        context_class=dict,
+        context={"user": user_id, "service": service_id, "run": run_id},
     )
-    return cast(RecordLogger, logger.bind(user=user_id, service=service_id, run=run_id))
+    return RecordLogger(logger)
 
 
 def _serializer() -> Callable[..., bytes]:
