@@ -52,6 +52,12 @@ class Settings:
         starts_per_minute: how many starts one tenant has, as a rate and as the most at once; None for no end.
         memory_reserve: bytes of the host's memory that must be available beyond what a new sandbox may take.
         event_buffer: how many events are kept for a reader that is slow.
+        memory_pressure_share: for which share of a second, 0 to 1, some of a tenant's tasks may wait for memory before
+            a `pressure` event tells of it; None for never.
+        cpu_pressure_share: the same for a CPU.
+        throttled_share: for which share of `throttled_interval` a sandbox may have used up its `cpu_max` before a
+            `throttled` event tells of it; None for never.
+        throttled_interval: seconds between two looks at how often a sandbox was throttled.
     """
 
     users_base: Path = DEFAULT_USERS_BASE
@@ -76,6 +82,10 @@ class Settings:
     starts_per_minute: float | None = None
     memory_reserve: int = 64 << 20
     event_buffer: int = 1024
+    memory_pressure_share: float | None = 0.1
+    cpu_pressure_share: float | None = 0.5
+    throttled_share: float | None = 0.5
+    throttled_interval: float = 5.0
 
     def __post_init__(self) -> None:
         for name in _PATHS:
@@ -103,9 +113,13 @@ class Settings:
     def _check_numbers(self) -> None:
         if not 0 <= self.stop_grace < float("inf"):
             raise ConfigError(f"stop_grace must be a number of seconds, 0 or more, not {self.stop_grace!r}")
-        # Without a pause the look for dead owners would be all that the loop does.
-        if not 0 < self.takeover_interval < float("inf"):
-            raise ConfigError(f"takeover_interval must be a number of seconds above 0, not {self.takeover_interval!r}")
+        for name in _INTERVALS:
+            # Without a pause these looks would be all that the loop does.
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
+        for name in _SHARES:
+            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
+                raise ConfigError(f"{name} must be a number above 0, and 1 at most, not {value!r}")
         for name, least in _WHOLE_NUMBERS.items():
             _check_whole_number(name, getattr(self, name), least)
         if self.log_cap_bytes < self.log_rotate_bytes:
@@ -167,7 +181,9 @@ _WHOLE_NUMBERS = {
     "event_buffer": 1,
 }
 """And the least that each may be."""
-_OPTIONAL = ("log_rate_bytes", "max_sandboxes", "max_sandboxes_per_user", "starts_per_minute")
+_INTERVALS = ("takeover_interval", "throttled_interval")
+_SHARES = ("memory_pressure_share", "cpu_pressure_share", "throttled_share")
+_OPTIONAL = ("log_rate_bytes", "max_sandboxes", "max_sandboxes_per_user", "starts_per_minute", *_SHARES)
 """May be `None`, which an environment variable says by the word `none`."""
 _NAMES = frozenset(item.name for item in fields(Settings))
 
@@ -216,7 +232,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(_PATHS, Path),
     **dict.fromkeys(_WHOLE_NUMBERS, int),
     **dict.fromkeys(_SIZES, parse_bytes),
-    **dict.fromkeys(("stop_grace", "takeover_interval", "starts_per_minute"), float),
+    **dict.fromkeys(("stop_grace", "starts_per_minute", *_INTERVALS, *_SHARES), float),
     **dict.fromkeys(("default_limits", "tenant_limits"), _parse_limits),
     "uid_ranges": _parse_ranges,
 }

@@ -94,6 +94,11 @@ def test_the_hosts_file_is_read_if_it_is_there(tmp_path: Path) -> None:
         ("stop_grace = -1", "stop_grace"),
         ("takeover_interval = 0", "takeover_interval"),
         ("takeover_interval = nan", "takeover_interval"),
+        ("throttled_interval = 0", "throttled_interval"),
+        ("throttled_share = 1.5", "throttled_share"),
+        ("cpu_pressure_share = 0", "cpu_pressure_share"),
+        ("memory_pressure_share = nan", "memory_pressure_share"),
+        ("memory_pressure_share = 'much'", "memory_pressure_share"),
         ("on_crash = 'panic'", "on_crash"),
         ("state_dir = 'relative'", "state_dir"),
         ("state_dir = 5", "state_dir"),
@@ -136,6 +141,11 @@ def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(ConfigError, match="colour") as caught:
         Settings.load(environ={}, colour="red")
     assert "stop_grace" in (caught.value.remedy or "")
+
+
+def test_what_is_not_to_be_watched_is_said_by_a_word() -> None:
+    settings = Settings.load(environ={"PACTOWN_CPU_PRESSURE_SHARE": "none", "PACTOWN_THROTTLED_SHARE": "0.25"})
+    assert (settings.cpu_pressure_share, settings.throttled_share) == (None, 0.25)
 
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
