@@ -140,7 +140,7 @@ class RestartPolicy:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Read what `asdict` gave, also after a detour through JSON."""
-        return cls(values.get("mode", "no"), **{name: value for name, value in values.items() if name != "mode"})
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,16 +148,19 @@ class Probe:
     """How to ask a service whether it is ready, or still alive.
 
     With `port` alone it is asked by a TCP connection; with `path` as well by an HTTP GET, to which a status from 200 to
-    399 is a yes; with `command` by a program that is run in the sandbox and exits with 0. A port counts only if the
-    socket that listens there belongs to a process of the sandbox itself.
+    399 is a yes (redirects are not followed); with `command` by a program that is run in the sandbox and exits with 0.
+    A port counts only if it is a socket of the sandbox itself that answers there, and nobody else is sent anything.
+
+    It is asked from its start on, at first in quick succession. While it is frozen it is not asked, and that time does
+    not count.
 
     Attributes:
         port: a TCP port on 127.0.0.1.
         path: what is asked of it by HTTP; begins with a slash.
         command: as in `SandboxSpec`.
-        interval: seconds between two questions.
+        interval: seconds between an answer and the next question.
         timeout: seconds within which an answer must come.
-        failures: so many answers in a row must fail for a service to be unhealthy, once it has been ready or alive.
+        failures: so many answers in a row must fail for a service that has given a good one to be unhealthy.
         within: seconds from its start in which the first good answer must come.
     """
 
@@ -172,18 +175,22 @@ class Probe:
     def __post_init__(self) -> None:
         if (self.port is None) == (self.command is None):
             raise SpecError("a probe needs either a port or a command")
-        if self.port is not None and (not isinstance(self.port, int) or not 0 < self.port < 65536):
-            raise SpecError(f"a port is a number from 1 to 65535, not {self.port!r}")
+        if self.port is not None:
+            _check_count("port", self.port, least=1)
+            if self.port > 65535:
+                raise SpecError(f"a port is a number from 1 to 65535, not {self.port}")
         if self.path is not None:
             _check_text("path", self.path)
-            if self.port is None or not re.fullmatch(r"/[!-~]*", self.path):
-                raise SpecError(f"a probe's path begins with a slash and needs a port, not {self.path!r}")
+            if self.port is None:
+                raise SpecError("a probe by path needs a port")
+            if not re.fullmatch(r"/[!-~]*", self.path):
+                raise SpecError(f"a probe's path begins with a slash and is printable ASCII, not {self.path!r}")
         if self.command is not None:
             check_command(self.command)
         for name in ("interval", "timeout", "within"):
             _check_given_seconds(name, getattr(self, name))
-        if not self.interval or not self.timeout:
-            raise SpecError("a probe's interval and timeout must be above 0 seconds")
+            if not getattr(self, name):
+                raise SpecError(f"a probe's {name} must be above 0 seconds")
         _check_count("failures", self.failures, least=1)
 
     @classmethod
@@ -209,8 +216,9 @@ class SandboxSpec:
         stop_grace: seconds between SIGTERM and SIGKILL. None takes the settings' `stop_grace`.
         namespaces: further namespaces to unshare. `net` holds nothing but a loopback device.
         restart: whether a service's program is started again after its end. Not for one-shot runs.
-        ready: how to know that it is ready to serve; without one it is when its program has been executed.
-        alive: how to know that it still works; if it does not it is killed, and started again as `restart` says.
+        ready: how to know that it is ready to serve; without one it is when its program has been executed. One that is
+            not in time is killed; one that is no longer ready is unhealthy, and goes on.
+        alive: how to know that it still works; if it does not it is killed. Both start it again as `restart` says.
     """
 
     user_id: str
@@ -240,6 +248,11 @@ class SandboxSpec:
             _refuse_nul("cwd", str(self.cwd))
         for name in ("timeout", "stop_grace"):
             _check_seconds(name, getattr(self, name))
+        if not isinstance(self.restart, RestartPolicy):
+            raise SpecError(f"restart must be a RestartPolicy, not {self.restart!r}")
+        for name in ("ready", "alive"):
+            if not isinstance(getattr(self, name), Probe | None):
+                raise SpecError(f"{name} must be a Probe, not {getattr(self, name)!r}")
         object.__setattr__(self, "namespaces", frozenset(self.namespaces))
         if unknown := self.namespaces - {"ipc", "net", "uts"}:
             raise SpecError(f"unknown namespaces: {', '.join(sorted(unknown))}", remedy="choose from ipc, net, uts")
