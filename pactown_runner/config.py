@@ -58,6 +58,10 @@ class Settings:
         throttled_share: for which share of `throttled_interval` a sandbox may have used up its `cpu_max` before a
             `throttled` event tells of it; None for never.
         throttled_interval: seconds between two looks at how often a sandbox was throttled.
+        archive_max_bytes: the most bytes of content in an exported or imported home, and of an archive itself.
+        archive_max_entries: the most files, folders and links in an exported or imported home.
+        archive_max_depth: the most folders within each other there.
+        archive_max_ratio: the most bytes that may come of each byte of an archive, once they are 64 MiB together.
     """
 
     users_base: Path = DEFAULT_USERS_BASE
@@ -86,6 +90,10 @@ class Settings:
     cpu_pressure_share: float | None = 0.5
     throttled_share: float | None = 0.5
     throttled_interval: float = 5.0
+    archive_max_bytes: int = 64 << 30
+    archive_max_entries: int = 1_000_000
+    archive_max_depth: int = 128
+    archive_max_ratio: int = 200
 
     def __post_init__(self) -> None:
         for name in _PATHS:
@@ -169,7 +177,7 @@ def _check_whole_number(name: str, value: object, least: int) -> None:
 
 _PATHS = ("users_base", "state_dir", "log_dir", "run_dir")
 _CHOICES = {"on_crash": ("adopt", "kill"), "on_exit": ("stop", "leave"), "log_rate_policy": ("block", "drop")}
-_SIZES = ("log_rotate_bytes", "log_cap_bytes", "log_rate_bytes", "memory_reserve")
+_SIZES = ("log_rotate_bytes", "log_cap_bytes", "log_rate_bytes", "memory_reserve", "archive_max_bytes")
 _WHOLE_NUMBERS = {
     "log_rotate_bytes": 4096,
     "log_keep": 0,
@@ -179,6 +187,10 @@ _WHOLE_NUMBERS = {
     "max_sandboxes_per_user": 0,
     "memory_reserve": 0,
     "event_buffer": 1,
+    "archive_max_bytes": 0,
+    "archive_max_entries": 1,
+    "archive_max_depth": 1,
+    "archive_max_ratio": 1,
 }
 """And the least that each may be."""
 _INTERVALS = ("takeover_interval", "throttled_interval")

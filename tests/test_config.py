@@ -114,6 +114,10 @@ def test_the_hosts_file_is_read_if_it_is_there(tmp_path: Path) -> None:
         ("default_limits = {colour = 5}", "default_limits"),
         ("default_limits = 5", "default_limits"),
         ("tenant_limits = {memory_oom_group = true}", "memory_oom_group"),
+        ("archive_max_bytes = '-1'", "archive_max_bytes"),
+        ("archive_max_entries = 0", "archive_max_entries"),
+        ("archive_max_depth = 0", "archive_max_depth"),
+        ("archive_max_ratio = 0", "archive_max_ratio"),
         ("not toml", "cannot be read"),
     ],
 )
