@@ -11,7 +11,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from cgroups import CgroupError, GoneError
+from cgroups import CgroupError
 
 from .errors import AlreadyRunningError, NotFoundError, RunnerError
 from .host import Claim, Host
@@ -43,7 +43,7 @@ class Found:
 
     Attributes:
         row: its row in the registry.
-        scope: its cgroup, if there is one and something runs in it.
+        scope: its cgroup, if there is one; perhaps nothing runs in it any more.
     """
 
     row: SandboxRow
@@ -71,7 +71,7 @@ def claim_left_behind(host: Host, *, services: bool) -> list[Found]:
     for row in left:
         if host.registry.take_over(row.key, row.service_id, row.run_id, row.owner, host.owner.owner_id):
             scope = scopes.get((slice_name(row.key), f"{row.service_id}.scope"))
-            found.append(Found(row, scope if scope and _is_live(host, scope, row.run_id) else None))
+            found.append(Found(row, scope if scope and scope.run_id == row.run_id else None))
     return found
 
 
@@ -113,6 +113,7 @@ async def _end(host: Host, key: str, service_id: str, run_id: str, *, keep: bool
     finally:
         if not await _finish_log(pump):
             host.unwritten[key, service_id, run_id] = time.monotonic()
+    await host.in_thread(host.tree.remove_if_unused, key)
     if not keep:
         await host.in_thread(host.registry.release, key, service_id, run_id)
 
@@ -214,13 +215,3 @@ def _sweep(host: Host) -> list[Claim]:
     host.tree.remove_unused_slices()
     forget_dead_owners(host)
     return sorted(outputs - {(row.key, row.service_id, row.run_id) for row in rows})
-
-
-def _is_live(host: Host, scope: Scope, run_id: str) -> bool:
-    if scope.run_id != run_id:
-        return False
-    try:
-        with host.tree.open_scope(scope.slice_name, scope.name) as group:
-            return group.populated()
-    except GoneError:
-        return False

@@ -24,7 +24,7 @@ from .errors import RunnerError, SpecError, StartError, StateError
 from .holdings import Claiming, Holdings, Run
 from .host import Claim, Host
 from .lifecycle import RESTING, Action, Life, Trigger, Wish
-from .logs import LogFeed, read_log
+from .logs import LogFeed, LogPaths, read_log
 from .main_process import Main
 from .models import EventKind, IsolatedUser, IsolationReport, LogRecord, Outcome, State
 from .outcomes import failed_to_start
@@ -289,7 +289,9 @@ class Sandbox:
             since: begin behind the record of this sequence number.
         """
         await self.started()
-        log = self._holdings.pump.paths.log(self.service_id)
+        assert self._claim is not None
+        settings = self._host.settings
+        log = LogPaths(settings.log_dir, settings.run_dir, self._claim[0]).log(self.service_id)
         records = read_log(log, follow=follow, tail=tail, since_seq=since, run_ids=self._runs, feed=self._feed)
         async with contextlib.aclosing(records):
             async for record in records:
@@ -389,7 +391,6 @@ class Sandbox:
         if self.state is not State.STOPPING:
             self._exited()
         attempt, self._failure = self._attempt, failure
-        self._started.set()
         if attempt.held is not None:
             self._claim = attempt.held.claim
         lost = self._claim is None or (self._beginning == "adopt" and attempt.held is None)
@@ -397,6 +398,7 @@ class Sandbox:
             return False
         if attempt.started or not first or self._beginning == "return":
             _log.warning("%r: %s", self, failure)
+            self._started.set()
             return True
         # Whoever starts it is told, and nothing is left of it.
         await self._forget()

@@ -107,6 +107,9 @@ class Supervisor:
 
     def _open(self, hub: LogHub) -> Host | None:
         """Open all that is shared. Without root there may be no place for sandboxes, but there are users and logs."""
+        # The first line of a log would wait for it, and the loop with it.
+        import structlog  # noqa: F401, PLC0415
+
         settings = self.settings
         with ExitStack() as held:
             registry = held.enter_context(Registry(settings.state_dir / "registry.db"))

@@ -180,6 +180,12 @@ class Tree:
             if slice_.marks(_STATE) in (None, self._state_id) and slice_.name.startswith("pactown-"):
                 _remove_if_unused(slice_)
 
+    def remove_if_unused(self, key: str) -> None:
+        """Remove the tenant's slice if nothing is in it, and this process has not used it itself."""
+        if not self.has_slice(key):
+            with suppress(GoneError), self.root.child(slice_name(key)) as slice_:
+                _remove_if_unused(slice_)
+
     def open_scope(self, slice_: str, name: str) -> Cgroup:
         """Open the scope of this name, ending included.
 

@@ -184,7 +184,8 @@ async def test_one_that_ended_while_nobody_looked_is_put_away(settings: Settings
     (user.home_dir / "sandboxes/api/go").touch()
     await eventually(lambda: processes_of(user.linux_uid) == {})
     async with Supervisor(settings=settings) as supervisor:
-        assert supervisor.list() == []
+        # Taken over, though nothing of it runs: what the kernel still tells of its end is heard.
+        await eventually(lambda: supervisor.list() == [])
         assert [record.line async for record in supervisor.logs(USER, "api")][:1] == ["before"]
         assert (await soon(supervisor.run(spec("exit 0")))).ok
     assert leftovers(settings) == []
@@ -275,7 +276,7 @@ async def work(supervisor):
     await eventually(lambda: processes_of(user.linux_uid) == {})
     await eventually(lambda: not [path for path in tree(supervisor.settings) if path.name == "api.scope"])
     assert supervisor.list() == []
-    await eventually(lambda: len(leftovers(supervisor.settings)) == 2)  # our owner, and the tenant's slice
+    await eventually(lambda: len(leftovers(supervisor.settings)) == 1)  # our owner
     assert [record.line async for record in supervisor.logs(USER, "api")] == ["begun"]
 
 
@@ -466,7 +467,8 @@ async def work(supervisor):
     await process.killed()
     async with Supervisor(settings=settings, role="one-shot") as supervisor:
         await eventually(lambda: processes_of(_uid(supervisor)) == {})
-        assert [what for what in leftovers(settings) if "/owners/" not in what] == []
+        # A launcher that was just being started may keep its dead owner's lock for a moment.
+        await eventually(lambda: not [what for what in leftovers(settings) if "/owners/" not in what])
         for number in range(3):
             texts = [record.line async for record in supervisor.logs(USER, f"s{number}")]
             assert set(texts) <= {"x", "y"}
