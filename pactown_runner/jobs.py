@@ -35,7 +35,7 @@ from .trees import end_all, slice_name
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["JOB_TIMEOUT", "Job", "Stop", "job"]
+__all__ = ["JOB_TIMEOUT", "Job", "Stop", "job", "job_name"]
 
 JOB_TIMEOUT = 600.0
 """Seconds of wall time for a job. A tenant can stop its own job, and would keep one of our threads for ever."""
@@ -140,13 +140,17 @@ class Job:
                 if {fd for fd, _ in self._writable.poll(_LOOK_AGAIN)} == {self._pidfd}:
                     raise BrokenPipeError from None
 
+    def end_input(self) -> None:
+        """Give it end-of-file on its standard input."""
+        self._pipes.close_stdin()
+
     def wait(self) -> int:
         """Give it end-of-file, wait for its end, and return its exit code, or minus the signal that ended it.
 
         Raises:
             FilesError: it was stopped.
         """
-        self._pipes.close_stdin()
+        self.end_input()
         while not self._ended.poll(_LOOK_AGAIN):
             self._stop.check()
         self._stop.check()
@@ -250,6 +254,11 @@ def _close(*fds: int) -> None:
             os.close(fd)
 
 
+def job_name(run_id: str) -> str:
+    """What a job is called where services have their ids."""
+    return f"_job-{run_id}"
+
+
 @contextmanager
 def job(
     host: Host,
@@ -261,6 +270,7 @@ def job(
     stdout: bool = False,
     timeout: float = JOB_TIMEOUT,
     stop: Stop | None = None,
+    run_id: str | None = None,
 ) -> Iterator[Job]:
     """Run a program as `user`; when the block is left, however, nothing of it runs any more.
 
@@ -272,6 +282,7 @@ def job(
         stdin, stdout: connect it to a pipe instead of `/dev/null`.
         timeout: seconds, after which it is killed.
         stop: lets another thread end it earlier.
+        run_id: what it is to be known by, `_job-<run_id>`, for whoever has to tell it from others; by default random.
 
     Raises:
         StartError: the program was not executed.
@@ -281,7 +292,11 @@ def job(
         LimitsError: the default limits cannot be enforced.
     """
     stop = Stop() if stop is None else stop
-    with _scope(host, user) as scope, stop.bound(scope, timeout), contextlib.ExitStack() as held:
+    with (
+        _scope(host, user, run_id or secrets.token_hex(8)) as scope,
+        stop.bound(scope, timeout),
+        contextlib.ExitStack() as held,
+    ):
         host.tree.limit(user.key, scope, host.settings.default_limits)
         pipes = _Pipes(stdin=stdin, stdout=stdout)
         held.callback(pipes.close)
@@ -323,10 +338,9 @@ def _end(host: Host, scope: Cgroup, popen: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _scope(host: Host, user: IsolatedUser) -> Iterator[Cgroup]:
+def _scope(host: Host, user: IsolatedUser, run_id: str) -> Iterator[Cgroup]:
     """A claimed scope; emptied, removed and released at the end."""
-    run_id = secrets.token_hex(8)
-    name = f"_job-{run_id}"
+    name = job_name(run_id)
     claim = (user.key, name, run_id)
     host.registry.claim(
         SandboxRow(

@@ -1,0 +1,89 @@
+"""Remove all that is in the folder that this process finds itself in, however deep it is, and whatever its modes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+from . import wire
+from .looking import PATH_FLAGS, proc_path
+
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+
+
+class Emptier:
+    """Empties the current folder.
+
+    A folder in a folder is moved up to the top before its turn comes, so that no path and no stack of descriptors
+    grows with the depth of what was there.
+    """
+
+    def __init__(self) -> None:
+        self._top = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._moved = 0
+        self._left: set[bytes] = set()
+
+    def empty(self) -> dict[str, Any]:
+        """Remove what can be removed; returns how many things at the top could not."""
+        os.fchmod(self._top, 0o700)
+        while names := [name for name in _names(self._top) if name not in self._left]:
+            for name in names:
+                try:
+                    self._remove(name)
+                except FileNotFoundError:
+                    pass
+                except OSError:
+                    # Not the tenant's, or with something in it that is not.
+                    self._left.add(name)
+        return {"left": len(self._left)}
+
+    def _remove(self, name: bytes) -> None:
+        try:
+            os.unlink(name, dir_fd=self._top)
+        except IsADirectoryError:
+            folder = _open_writable(name, self._top)
+            try:
+                for below in _names(folder):
+                    self._remove_or_move(below, folder)
+            finally:
+                os.close(folder)
+            os.rmdir(name, dir_fd=self._top)
+
+    def _remove_or_move(self, name: bytes, folder: int) -> None:
+        try:
+            os.unlink(name, dir_fd=folder)
+        except IsADirectoryError:
+            # Moving a folder writes to it, its `..`.
+            os.close(_open_writable(name, folder))
+            self._move_up(name, folder)
+
+    def _move_up(self, name: bytes, folder: int) -> None:
+        while True:
+            self._moved += 1
+            try:
+                os.rename(name, b".pactown-%d" % self._moved, src_dir_fd=folder, dst_dir_fd=self._top)
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+            else:
+                return
+
+
+def _names(folder: int) -> list[bytes]:
+    return [os.fsencode(name) for name in os.listdir(folder)]
+
+
+def _open_writable(name: bytes, parent: int) -> int:
+    """Open a folder of ours that is to be removed."""
+    looked = os.open(name, PATH_FLAGS | os.O_DIRECTORY, dir_fd=parent)
+    try:
+        os.chmod(proc_path(looked), 0o700)
+        return os.open(proc_path(looked), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    finally:
+        os.close(looked)
+
+
+def serve(arguments: Any) -> None:
+    """Do it, in a process of its own."""
+    wire.serve(lambda _: Emptier().empty(), arguments)
