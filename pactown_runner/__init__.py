@@ -15,17 +15,20 @@ if TYPE_CHECKING:
 
     from .config import Settings
     from .errors import RunnerError
-    from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, State
+    from .models import Event, IsolatedUser, IsolationReport, LogRecord, Outcome, State
     from .sandbox import Sandbox
-    from .specs import SandboxSpec
+    from .specs import Probe, RestartPolicy, SandboxSpec
     from .supervisor import Supervisor
 
 __all__ = [
+    "Event",
     "IsolatedUser",
     "IsolationReport",
     "Limits",
     "LogRecord",
     "Outcome",
+    "Probe",
+    "RestartPolicy",
     "RunnerError",
     "Sandbox",
     "SandboxSpec",
@@ -36,11 +39,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Event": ".models",
     "IsolatedUser": ".models",
     "IsolationReport": ".models",
     "Limits": "cgroups",
     "LogRecord": ".models",
     "Outcome": ".models",
+    "Probe": ".specs",
+    "RestartPolicy": ".specs",
     "RunnerError": ".errors",
     "Sandbox": ".sandbox",
     "SandboxSpec": ".specs",

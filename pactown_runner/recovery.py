@@ -11,7 +11,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from cgroups import CgroupError
+from cgroups import CgroupError, GoneError
 
 from .errors import AlreadyRunningError, NotFoundError, RunnerError
 from .host import Claim, Host
@@ -43,11 +43,13 @@ class Found:
 
     Attributes:
         row: its row in the registry.
-        scope: its cgroup, if there is one; perhaps nothing runs in it any more.
+        scope: its cgroup, if there is one.
+        populated: whether anything runs in it.
     """
 
     row: SandboxRow
     scope: Scope | None
+    populated: bool
 
     @property
     def claim(self) -> Claim:
@@ -71,7 +73,9 @@ def claim_left_behind(host: Host, *, services: bool) -> list[Found]:
     for row in left:
         if host.registry.take_over(row.key, row.service_id, row.run_id, row.owner, host.owner.owner_id):
             scope = scopes.get((slice_name(row.key), f"{row.service_id}.scope"))
-            found.append(Found(row, scope if scope and scope.run_id == row.run_id else None))
+            if scope is not None and scope.run_id != row.run_id:
+                scope = None
+            found.append(Found(row, scope, scope is not None and _populated(host, scope)))
     return found
 
 
@@ -215,3 +219,11 @@ def _sweep(host: Host) -> list[Claim]:
     host.tree.remove_unused_slices()
     forget_dead_owners(host)
     return sorted(outputs - {(row.key, row.service_id, row.run_id) for row in rows})
+
+
+def _populated(host: Host, scope: Scope) -> bool:
+    try:
+        with host.tree.open_scope(scope.slice_name, scope.name) as group:
+            return group.populated()
+    except GoneError:
+        return False

@@ -363,7 +363,9 @@ class Supervisor:
             sandbox = Sandbox(host, run, self._forget, beginning="adopt", claim=found.claim)
             await self._watch_over(sandbox).started()
         except Exception as error:
-            _log.error("cannot go on with %s, which another supervisor left: %s", found.row.cgroup, error)
+            # Where nothing ran, because its start was cut short perhaps, nothing is lost.
+            level = logging.ERROR if found.populated else logging.INFO
+            _log.log(level, "cannot go on with %s, which another supervisor left: %s", found.row.cgroup, error)
             return False
         return True
 
