@@ -76,8 +76,21 @@ def die_after(steps: int, where: Path) -> None:
     sys.settrace(trace)
 
 
+busy: set[tuple[str, str]] = set()
+"""One thing at a time is done with a service, or the diary would not tell what came last."""
+
+
 async def act(supervisor: Supervisor, diary: Diary, chance: random.Random) -> None:
-    user, service = chance.choice(USERS), chance.choice(SERVICES)
+    name = chance.choice(USERS), chance.choice(SERVICES)
+    if name not in busy:
+        busy.add(name)
+        try:
+            await _act(supervisor, diary, chance, *name)
+        finally:
+            busy.discard(name)
+
+
+async def _act(supervisor: Supervisor, diary: Diary, chance: random.Random, user: str, service: str) -> None:
     there = {(sandbox.user_id, sandbox.service_id): sandbox for sandbox in supervisor.list()}
     sandbox = there.get((user, service))
     if sandbox is None:

@@ -43,12 +43,12 @@ class Wreck:
         self.up: set[Name] = set()
         self.down: set[Name] = set()
         self.failures: list[str] = []
-        self._seen = 0
+        self.lines: list[str] = []
         self._diary = base / "diary"
 
     def read(self) -> None:
         lines = self._diary.read_text().splitlines() if self._diary.exists() else []
-        for line in lines[self._seen :]:
+        for line in lines[len(self.lines) :]:
             kind, what, user, service, *_ = line.split()
             name = (user, service)
             self.up.discard(name)
@@ -57,7 +57,7 @@ class Wreck:
                 (self.down if what == "stop" else self.up).add(name)
             elif kind == "failed":
                 self.failures.append(line)
-        self._seen = len(lines)
+        self.lines = lines
 
 
 async def test_nothing_is_lost_doubled_or_left_however_often_it_is_killed(settings: Settings, tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ async def _look(settings: Settings, wreck: Wreck, cycle: int) -> None:
     """What a successor finds is what must be there, and nothing else."""
     async with Supervisor(settings=settings) as supervisor:
         there = {(one.user_id, one.service_id): one for one in supervisor.list()}
-        assert wreck.up <= set(there), f"lost in cycle {cycle}"
-        assert not wreck.down & set(there), f"came back in cycle {cycle}"
+        assert wreck.up <= set(there), f"lost in cycle {cycle}: {wreck.lines[-20:]}"
+        assert not wreck.down & set(there), f"came back in cycle {cycle}: {wreck.lines[-20:]}"
         for sandbox in there.values():
             await eventually(partial(_runs, sandbox))
         _check_tree(settings, there)
