@@ -15,7 +15,7 @@ import anyio
 from .ending import emptied, end_rest
 from .errors import StateError
 from .holdings import Claiming, Holdings, Run, ask_to_end
-from .host import Host
+from .host import LoopHost
 from .logs import LogError, LogFeed
 from .main_process import Main
 from .models import Outcome, Reason
@@ -49,7 +49,7 @@ class Attempt:
         over: from here on nobody else may use what it holds.
     """
 
-    def __init__(self, host: Host, run: Run, feed: LogFeed) -> None:
+    def __init__(self, host: LoopHost, run: Run, feed: LogFeed) -> None:
         self.run = run
         self.held: Holdings | None = None
         self.program = Program()

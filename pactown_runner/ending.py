@@ -10,7 +10,7 @@ from cgroups import Cgroup, CgroupError, GoneError
 
 from .errors import StateError
 from .holdings import Holdings, kill_rest
-from .host import Host
+from .host import LoopHost
 from .trees import END_TIMEOUT, TRACER_PATIENCE
 from .waiting import readable
 
@@ -25,7 +25,7 @@ RETRY_PAUSE = 0.1
 """Seconds until the next try to end a sandbox, where that failed for want of descriptors, say."""
 
 
-async def end_rest(host: Host, held: Holdings) -> int:
+async def end_rest(host: LoopHost, held: Holdings) -> int:
     """Kill what outlived the first process or its time. Returns, with how many that were, when nothing runs any more.
 
     Raises:

@@ -24,7 +24,7 @@ from cgroups import Cgroup, CgroupError, ExistsError, GoneError, Stats
 
 from .database import BusyError
 from .errors import AccountError, NotFoundError, StateError
-from .host import Claim, Host
+from .host import Claim, LoopHost
 from .logs import LogFeed, LogPaths, LogPump
 from .main_process import Main
 from .models import IsolatedUser
@@ -76,7 +76,7 @@ class Holdings:
     pump: LogPump
     limits: dict[str, str]
 
-    def __init__(self, host: Host, run: Run, user: IsolatedUser, feed: LogFeed) -> None:
+    def __init__(self, host: LoopHost, run: Run, user: IsolatedUser, feed: LogFeed) -> None:
         self.user = user
         self.main: Main | None = None
         self.frozen = False
@@ -88,7 +88,7 @@ class Holdings:
     # Taking -----------------------------------------------------------------------------------------------------
 
     @classmethod
-    async def take(cls, host: Host, run: Run, claiming: Claiming, feed: LogFeed) -> Self:
+    async def take(cls, host: LoopHost, run: Run, claiming: Claiming, feed: LogFeed) -> Self:
         """Take all that a run needs, or nothing. Its user is made if there is none.
 
         Raises:
@@ -99,12 +99,12 @@ class Holdings:
         return await host.in_thread(cls._take_patiently, host, run, claiming, feed) if held is None else held
 
     @classmethod
-    async def take_over(cls, host: Host, run: Run, feed: LogFeed) -> Self:
+    async def take_over(cls, host: LoopHost, run: Run, feed: LogFeed) -> Self:
         """Take what a dead owner left running; the claim is ours already. If it fails, it goes on running."""
         return await host.in_thread(cls._take_over, host, run, feed)
 
     @classmethod
-    def _take_at_once(cls, host: Host, run: Run, claiming: Claiming, feed: LogFeed) -> Self | None:
+    def _take_at_once(cls, host: LoopHost, run: Run, claiming: Claiming, feed: LogFeed) -> Self | None:
         """Take all, if nothing has to be waited for."""
         user = host.known.get(run.spec.user_id)
         if user is None or not host.tree.has_slice(user.key):
@@ -118,7 +118,7 @@ class Holdings:
             return None
 
     @classmethod
-    def _take_patiently(cls, host: Host, run: Run, claiming: Claiming, feed: LogFeed) -> Self:
+    def _take_patiently(cls, host: LoopHost, run: Run, claiming: Claiming, feed: LogFeed) -> Self:
         user = host.users.get_or_create(run.spec.user_id)
         held = cls(host, run, user, feed)._take(host.registry, claiming)
         if len(host.known) >= KNOWN_USERS:
@@ -162,7 +162,7 @@ class Holdings:
         undo.callback(host.release, self.claim)
 
     @classmethod
-    def _take_over(cls, host: Host, run: Run, feed: LogFeed) -> Self:
+    def _take_over(cls, host: LoopHost, run: Run, feed: LogFeed) -> Self:
         user = host.users.get(run.spec.user_id)
         if user is None:
             raise StateError(f"{run.spec.service_id!r} runs for a user who is not registered")

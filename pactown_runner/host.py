@@ -1,4 +1,4 @@
-"""What the sandboxes and jobs of one supervisor share."""
+"""What sandboxes and jobs share: the state, the tree, and on an event loop what keeps it from waiting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .registry import Registry
 from .trees import Tree
 from .users import Users
 
-__all__ = ["Claim", "Host"]
+__all__ = ["Claim", "Host", "LoopHost"]
 
 _log = logging.getLogger(__name__)
 
@@ -30,27 +30,23 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """What the sandboxes of one supervisor share."""
+    """What is done for tenants of one state needs: enough for whatever blocks."""
 
     settings: Settings
     registry: Registry
     users: Users
     tree: Tree
-    hub: LogHub
     owner: Owner
-    threads: ThreadPoolExecutor
-    quick: Registry
-    """The registry without waiting, for the event loop: what cannot be had at once is left to a thread."""
-    events: EventBus
-    known: dict[str, IsolatedUser] = field(default_factory=dict)
-    """Users by id, as last seen. That one still is what it was only a claim tells."""
     unreaped: set[int] = field(default_factory=set)
     """Children that have ended, or will, and that another process traces: it decides when they can be reaped."""
 
     unfinished: dict[Claim, None] = field(default_factory=dict)
     """Runs of ours that nobody looks after any more, and whose end could not be brought about, or written down."""
+
+    known: dict[str, IsolatedUser] = field(default_factory=dict)
+    """Users by id, as last seen. That one still is what it was only a claim tells."""
 
     unwritten: dict[Claim, float] = field(default_factory=dict)
     """Runs that have ended and whose output could not be written down, and when that was tried: the spool keeps it."""
@@ -62,6 +58,17 @@ class Host:
         except RegistryError as error:
             _log.error("cannot write down yet that run %s of %s has ended: %s", claim[2], claim[1], error)
             self.unfinished[claim] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopHost(Host):
+    """What the sandboxes of one supervisor share, on its event loop."""
+
+    hub: LogHub
+    threads: ThreadPoolExecutor
+    quick: Registry
+    """The registry without waiting, for the event loop: what cannot be had at once is left to a thread."""
+    events: EventBus
 
     async def release_soon(self, claim: Claim) -> None:
         """As `release`, from the loop: at once as a rule, in a thread where the registry has to be waited for."""

@@ -13,7 +13,7 @@ import anyio
 from .errors import StartError, StateError
 from .exits import reap, reap_foreign
 from .holdings import Holdings
-from .host import Host
+from .host import LoopHost
 from .launcher import launch_async
 from .main_process import Main
 from .models import IsolationReport
@@ -84,7 +84,7 @@ class Program:
         if self._pidfd is not None:
             await readable(self._pidfd)
 
-    async def status(self, host: Host) -> ExitStatus:
+    async def status(self, host: LoopHost) -> ExitStatus:
         """Take its exit status, once nothing of its sandbox runs any more."""
         if self._pidfd is None:
             return ExitStatus()
@@ -96,7 +96,7 @@ class Program:
         finally:
             self._close_pidfd()
 
-    async def _reap_patiently(self, host: Host, pidfd: int) -> ExitStatus:
+    async def _reap_patiently(self, host: LoopHost, pidfd: int) -> ExitStatus:
         """Take the status of what is just ending, of what is shown to its tracer first, or of what escaped its end."""
         # Whoever moved it out of its cgroup took it from under the kill.
         with contextlib.suppress(ProcessLookupError):
@@ -108,7 +108,7 @@ class Program:
             status = await host.in_thread(reap_foreign, pidfd, self.pid)
         return status
 
-    def leave(self, host: Host) -> None:
+    def leave(self, host: LoopHost) -> None:
         """Let go of one that cannot be reaped now; the supervisor tries again."""
         if self._pidfd is not None:
             host.unreaped.add(self.pid)

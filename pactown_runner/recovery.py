@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cgroups import CgroupError, GoneError
 
 from .errors import AlreadyRunningError, NotFoundError, RunnerError
-from .host import Claim, Host
+from .host import Claim, LoopHost
 from .logs import LogError, LogPaths, LogPump
 from .registry import SandboxRow
 from .trees import Scope, slice_name
@@ -57,7 +57,7 @@ class Found:
         return self.row.key, self.row.service_id, self.row.run_id
 
 
-def claim_left_behind(host: Host, *, services: bool) -> list[Found]:
+def claim_left_behind(host: LoopHost, *, services: bool) -> list[Found]:
     """Become the owner of what dead owners left; blocking.
 
     Args:
@@ -79,7 +79,7 @@ def claim_left_behind(host: Host, *, services: bool) -> list[Found]:
     return found
 
 
-async def end_left_behind(host: Host, claim: Claim, *, keep: bool = False) -> bool:
+async def end_left_behind(host: LoopHost, claim: Claim, *, keep: bool = False) -> bool:
     """Kill what still runs of it, write down what it had printed, and give its name free, or `keep` it.
 
     False if that cannot be done now; it is then left to `end_unfinished`.
@@ -96,7 +96,7 @@ async def end_left_behind(host: Host, claim: Claim, *, keep: bool = False) -> bo
     return True
 
 
-async def end_unfinished(host: Host) -> None:
+async def end_unfinished(host: LoopHost) -> None:
     """Try once more to end what could not be ended before, up to the first that still cannot be; and logs likewise."""
     for claim in list(host.unfinished):
         if not await end_left_behind(host, claim):
@@ -106,7 +106,7 @@ async def end_unfinished(host: Host) -> None:
         await write_down(host, claim)
 
 
-async def _end(host: Host, key: str, service_id: str, run_id: str, *, keep: bool) -> None:
+async def _end(host: LoopHost, key: str, service_id: str, run_id: str, *, keep: bool) -> None:
     if not await host.in_thread(_is_ours, host, key, service_id, run_id):
         return
     # Its output first: what waits in a FIFO is gone with the last process that holds it open.
@@ -122,13 +122,13 @@ async def _end(host: Host, key: str, service_id: str, run_id: str, *, keep: bool
         await host.in_thread(host.registry.release, key, service_id, run_id)
 
 
-async def sweep(host: Host) -> None:
+async def sweep(host: LoopHost) -> None:
     """Remove what bears our state's mark and no record names, and forget owners that are dead."""
     for claim in await host.in_thread(_sweep, host):
         await write_down(host, claim)
 
 
-async def write_down(host: Host, claim: Claim) -> None:
+async def write_down(host: LoopHost, claim: Claim) -> None:
     """Write down what a run had printed that has ended, unless its service runs: a log has one writer at a time.
 
     For as long as it takes the service's name is claimed, so that nothing starts under it.
@@ -154,7 +154,7 @@ async def write_down(host: Host, claim: Claim) -> None:
     await end_left_behind(host, claim)
 
 
-def forget_dead_owners(host: Host) -> None:
+def forget_dead_owners(host: LoopHost) -> None:
     """Remove the files of dead owners who left nothing; blocking."""
     # In this order: an owner that is dead has made all the records that it ever will.
     dead = host.owner.dead_owners()
@@ -164,13 +164,13 @@ def forget_dead_owners(host: Host) -> None:
             host.owner.remove(owner_id)
 
 
-def _is_ours(host: Host, key: str, service_id: str, run_id: str) -> bool:
+def _is_ours(host: LoopHost, key: str, service_id: str, run_id: str) -> bool:
     """Whether we still answer for it. If not, its name may be another run's by now."""
     claimed = host.registry.row(key, service_id)
     return claimed is not None and (claimed.run_id, claimed.owner) == (run_id, host.owner.owner_id)
 
 
-def _open_log(host: Host, key: str, service_id: str, run_id: str) -> LogPump | None:
+def _open_log(host: LoopHost, key: str, service_id: str, run_id: str) -> LogPump | None:
     """Open what a run has printed and nobody has written down, if there is anything."""
     paths = LogPaths(host.settings.log_dir, host.settings.run_dir, key)
     if (service_id, run_id) not in paths.leftovers():
@@ -203,7 +203,7 @@ def _incomplete(pump: LogPump, error: Exception) -> None:
     _log.error("the log of run %s of %s is not complete: %s", pump.run_id, pump.service_id, error)
 
 
-def _sweep(host: Host) -> list[Claim]:
+def _sweep(host: LoopHost) -> list[Claim]:
     # In this order: a row is there before what it names, so what has none by now is not about to get one.
     scopes = list(host.tree.scopes())
     keys = [user.key for user in host.users.list()]
@@ -221,7 +221,7 @@ def _sweep(host: Host) -> list[Claim]:
     return sorted(outputs - {(row.key, row.service_id, row.run_id) for row in rows})
 
 
-def _populated(host: Host, scope: Scope) -> bool:
+def _populated(host: LoopHost, scope: Scope) -> bool:
     try:
         with host.tree.open_scope(scope.slice_name, scope.name) as group:
             return group.populated()

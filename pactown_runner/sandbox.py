@@ -22,7 +22,7 @@ from cgroups import Cgroup, CgroupError, GoneError, Limits, Stats
 from .attempt import Attempt, LeftError
 from .errors import RunnerError, SpecError, StartError, StateError
 from .holdings import Claiming, Holdings, Run
-from .host import Claim, Host
+from .host import Claim, LoopHost
 from .lifecycle import RESTING, Action, Life, Trigger, Wish
 from .logs import LogFeed, LogPaths, read_log
 from .main_process import Main
@@ -59,7 +59,7 @@ class Sandbox:
 
     def __init__(
         self,
-        host: Host,
+        host: LoopHost,
         run: Run,
         on_end: Callable[[Sandbox], None],
         *,

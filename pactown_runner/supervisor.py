@@ -22,7 +22,7 @@ from .events import EventBus, EventReader
 from .exits import reap_late
 from .holdings import Run
 from .homes import SandboxFiles
-from .host import Host
+from .host import LoopHost
 from .logs import LogHub, LogPaths, read_log
 from .models import IsolatedUser, LogRecord, Outcome, State
 from .outcomes import failed_to_start
@@ -70,7 +70,7 @@ class Supervisor:
             raise SpecError("give users_base or settings, not both")
         self.settings = settings
         self._role = role
-        self._host: Host | None = None
+        self._host: LoopHost | None = None
         self._files: SandboxFiles | None = None
         self._refusal: RunnerError = StateError("the supervisor is not running", remedy="use it within `async with`")
         self._held = ExitStack()
@@ -105,7 +105,7 @@ class Supervisor:
         with anyio.CancelScope(shield=True):
             await self._close()
 
-    def _open(self, hub: LogHub) -> Host | None:
+    def _open(self, hub: LogHub) -> LoopHost | None:
         """Open all that is shared. Without root there may be no place for sandboxes, but there are users and logs."""
         # The first line of a log would wait for it, and the loop with it.
         import structlog  # noqa: F401, PLC0415
@@ -133,7 +133,17 @@ class Supervisor:
             held.callback(tree.close)
             threads = held.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="pactown"))
             self._held.push(held.pop_all())
-        return Host(settings, registry, users, tree, hub, owner, threads, quick, EventBus(settings.event_buffer))
+        return LoopHost(
+            settings=settings,
+            registry=registry,
+            users=users,
+            tree=tree,
+            owner=owner,
+            hub=hub,
+            threads=threads,
+            quick=quick,
+            events=EventBus(settings.event_buffer),
+        )
 
     async def _close(self) -> None:
         """End everything. A cancellation meanwhile is raised when all is done: what would be left, nobody would see."""
@@ -317,7 +327,7 @@ class Supervisor:
 
     # What dead owners left --------------------------------------------------------------------------------------
 
-    async def _watch_owners(self, host: Host) -> None:
+    async def _watch_owners(self, host: LoopHost) -> None:
         while True:
             await anyio.sleep(self.settings.takeover_interval)
             try:
@@ -331,7 +341,7 @@ class Supervisor:
                 # A look that failed, on a full disk perhaps, must not be the last one.
                 _log.exception("cannot look for what other supervisors left")
 
-    async def _take_over(self, host: Host) -> None:
+    async def _take_over(self, host: LoopHost) -> None:
         services = self._role == "server"
         for found in await host.in_thread(lambda: claim_left_behind(host, services=services)):
             keep = found.row.kind == "service" and self.settings.on_crash == "adopt"
@@ -340,7 +350,7 @@ class Supervisor:
         if services:
             await self._bring_back(host)
 
-    async def _go_on(self, host: Host, found: Found) -> bool:
+    async def _go_on(self, host: LoopHost, found: Found) -> bool:
         """Go on with a service: with what runs of it, or else as its restart policy says. False if it has to end."""
         try:
             row = found.row
@@ -358,7 +368,7 @@ class Supervisor:
         self._watch_over(Sandbox(host, run, self._forget, beginning="lost", claim=found.claim))
         return True
 
-    async def _adopt(self, host: Host, run: Run, found: Found) -> bool:
+    async def _adopt(self, host: LoopHost, run: Run, found: Found) -> bool:
         try:
             sandbox = Sandbox(host, run, self._forget, beginning="adopt", claim=found.claim)
             await self._watch_over(sandbox).started()
@@ -369,7 +379,7 @@ class Supervisor:
             return False
         return True
 
-    async def _bring_back(self, host: Host) -> None:
+    async def _bring_back(self, host: LoopHost) -> None:
         """Start registered services that nobody runs: after a restart of the supervisor, or of the host."""
         for row in await host.in_thread(host.registry.absent_services):
             try:
