@@ -324,7 +324,7 @@ async def test_pressure_is_told_within_two_seconds_of_stall_and_then_once_a_seco
         told = [await next_of(reader, "pressure")]
         measured("s until it was told", time.monotonic() - began)
         # By the stall itself, not by the clock: a guest whose host is busy may begin to stall late.
-        assert told[0].details["total_usec"] - was < 2_000_000
+        assert 100_000 <= told[0].details["total_usec"] - was < 2_000_000
     told += [await next_of(reader, "pressure") for _ in range(3)]
     assert {(event.user_id, event.service_id, event.run_id) for event in told} == {("user 8", None, None)}
     ours = [event for event in told if event.details["resource"] == resource]
