@@ -89,6 +89,7 @@ class Attempt:
                     self._write_down(held)
                 held.pump.start()
                 self.started = True
+                self._monitor(held, adopted=claiming is None)
                 on_executed(held)
                 self.executed.set()
                 await self._first_exit(held)
@@ -117,6 +118,17 @@ class Attempt:
         """Leave a note of the program on the cgroup, for whoever may have to go on with a service."""
         if self.run.kind == "service" and self.program.isolation is not None:
             Main.of(self.program.pid, self.program.isolation).mark(held.cgroup)
+
+    def _monitor(self, held: Holdings, *, adopted: bool) -> None:
+        self._host.monitor.add(
+            held.user,
+            self.run.spec.service_id,
+            self.run.run_id,
+            held.cgroup,
+            has_cpu_max=held.has_cpu_max,
+            tenant_ooms=held.ooms_before,
+            adopted=adopted,
+        )
 
     async def _first_exit(self, held: Holdings) -> None:
         """Wait until the program has exited, or its time is up; when asked to end, for all of its processes."""
@@ -156,6 +168,7 @@ class Attempt:
     def _leave(self, held: Holdings) -> None:
         self.over = True
         held.pump.detach()
+        self._host.monitor.discard(self.run.run_id)
         held.cgroup.close()
         self.program.close()
 
@@ -166,6 +179,7 @@ class Attempt:
             survivors = await end_rest(self._host, held)
         except StateError:
             # Something of it is there, and cannot be ended now: its name stays taken until it is.
+            self._host.monitor.discard(self.run.run_id)
             held.let_go()
             self.program.leave(self._host)
             self._host.unfinished[held.claim] = None
@@ -188,6 +202,7 @@ class Attempt:
                 wall_seconds=wall_seconds,
             )
         finally:
+            self._host.monitor.discard(self.run.run_id)
             held.remove_cgroup()
 
     def dismiss(self) -> None:
@@ -198,5 +213,6 @@ class Attempt:
     def let_go(self) -> None:
         """End it without waiting; the registry keeps its row, and the next owner finishes what is left."""
         if self.held is not None and not self.over:
+            self._host.monitor.discard(self.run.run_id)
             self.held.let_go()
         self.program.close()

@@ -70,6 +70,7 @@ class Holdings:
         limits: each control file that was asked for, and what the kernel answers when it is read.
         main: the first process, as a predecessor wrote it down.
         frozen: whether it was taken over frozen.
+        ooms_before: how often the tenant had run into its own limit before.
     """
 
     cgroup: Cgroup
@@ -83,7 +84,7 @@ class Holdings:
         self._host = host
         self._run = run
         self._feed = feed
-        self._ooms_before = 0
+        self.ooms_before = 0
 
     # Taking -----------------------------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ class Holdings:
             undo.callback(self.remove_cgroup)
             limits = host.settings.default_limits if spec.limits is None else spec.limits
             self.limits = host.tree.limit(self.user.key, self.cgroup, limits)
-            self._ooms_before = host.tree.tenant_oom(self.user.key)
+            self.ooms_before = host.tree.tenant_oom(self.user.key)
             self.pump = self._make_pump()
             self.pump.create()
             undo.pop_all()
@@ -167,7 +168,7 @@ class Holdings:
         if user is None:
             raise StateError(f"{run.spec.service_id!r} runs for a user who is not registered")
         held = cls(host, run, user, feed)
-        held._ooms_before = host.tree.tenant_oom(user.key)
+        held.ooms_before = host.tree.tenant_oom(user.key)
         with host.tree.open_scope(slice_name(user.key), f"{run.spec.service_id}.scope") as cgroup:
             held.main = Main.read(cgroup)
             held.limits = dict(held.main.isolation.limits) if held.main else {}
@@ -181,6 +182,11 @@ class Holdings:
     def place(self) -> str:
         """The end of the scope's path, from the slice on."""
         return f"/{slice_name(self.user.key)}/{self._run.spec.service_id}.scope"
+
+    @property
+    def has_cpu_max(self) -> bool:
+        """Whether its CPU time is limited."""
+        return not self.limits.get("cpu.max", "max").startswith("max")
 
     @property
     def claim(self) -> Claim:
@@ -236,7 +242,7 @@ class Holdings:
 
     def tenant_oom(self) -> bool:
         """Whether the tenant as a whole ran into its `memory.max` since this was taken."""
-        return self._host.tree.tenant_oom(self.user.key) != self._ooms_before
+        return self._host.tree.tenant_oom(self.user.key) != self.ooms_before
 
     # Giving back ------------------------------------------------------------------------------------------------
 

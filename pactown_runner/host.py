@@ -14,6 +14,7 @@ from .errors import RegistryError
 from .events import EventBus
 from .logs import LogHub
 from .models import IsolatedUser
+from .monitor import Monitor
 from .owners import Owner
 from .registry import Registry
 from .trees import Tree
@@ -69,6 +70,7 @@ class LoopHost(Host):
     quick: Registry
     """The registry without waiting, for the event loop: what cannot be had at once is left to a thread."""
     events: EventBus
+    monitor: Monitor
 
     async def release_soon(self, claim: Claim) -> None:
         """As `release`, from the loop: at once as a rule, in a thread where the registry has to be waited for."""

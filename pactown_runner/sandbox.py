@@ -254,6 +254,7 @@ class Sandbox:
         except GoneError as error:
             raise self._wrong_state() from error
         held.limits |= changed
+        self._host.monitor.set_cpu_max(self.run_id, held.has_cpu_max)
         if attempt.program.isolation is not None:
             attempt.program.isolation = isolation = replace(attempt.program.isolation, limits=dict(held.limits))
             if self.run.kind == "service" and not attempt.over:

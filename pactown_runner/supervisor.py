@@ -25,6 +25,7 @@ from .homes import SandboxFiles
 from .host import LoopHost
 from .logs import LogHub, LogPaths, read_log
 from .models import IsolatedUser, LogRecord, Outcome, State
+from .monitor import Monitor
 from .outcomes import failed_to_start
 from .owners import Owner
 from .recovery import Found, claim_left_behind, end_left_behind, end_unfinished, forget_dead_owners, sweep
@@ -133,6 +134,7 @@ class Supervisor:
             held.callback(tree.close)
             threads = held.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="pactown"))
             self._held.push(held.pop_all())
+        events = EventBus(settings.event_buffer)
         return LoopHost(
             settings=settings,
             registry=registry,
@@ -142,14 +144,15 @@ class Supervisor:
             hub=hub,
             threads=threads,
             quick=quick,
-            events=EventBus(settings.event_buffer),
+            events=events,
+            monitor=Monitor(tree, events, settings, threads),
         )
 
     async def _close(self) -> None:
         """End everything. A cancellation meanwhile is raised when all is done: what would be left, nobody would see."""
         # From here on nothing can be started.
         host, self._host, self._files = self._host, None, None
-        ending = asyncio.ensure_future(self._end_all())
+        ending = asyncio.ensure_future(self._end_all(host))
         cancelled: asyncio.CancelledError | None = None
         while not ending.done():
             try:
@@ -165,7 +168,7 @@ class Supervisor:
             raise cancelled
         ending.result()
 
-    async def _end_all(self) -> None:
+    async def _end_all(self, host: LoopHost | None) -> None:
         if self._patrol is not None:
             self._patrol.cancel()
             await asyncio.wait([self._patrol])
@@ -176,6 +179,8 @@ class Supervisor:
                 ending.start_soon(_quietly, sandbox, sandbox.leave if leave else sandbox.end)
         if self._tasks:
             await asyncio.wait(self._tasks)
+        if host is not None:
+            await host.monitor.close()
 
     def hasten(self) -> None:
         """Let all grace be over, here and now: what was asked to end, or will be, is killed at once."""
