@@ -6,81 +6,31 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from cgroups import Cgroup, find_mount
-from pactown_runner import Sandbox, Settings, Supervisor
+from pactown_runner import Settings, Supervisor
 from pactown_runner.ports import HOST, PortError, check_ports, connect, owner
+from tests.puppets import Make, Puppet, free_port, puppets, scope_of
 from tests.supervising import USER, eventually, line_of, python, soon, spec
 
 pytestmark = pytest.mark.host
 
 Connect = Callable[[int, Cgroup], Awaitable[socket.socket]]
 
-_PUPPET = """
-import array, socket, sys
-print("ready", flush=True)
-for number, line in enumerate(sys.stdin):
-    try:
-        exec(eval(line))
-        print("done", number, "well", flush=True)
-    except OSError as error:
-        print("done", number, error.strerror, flush=True)
-"""
-
-
-class Puppet:
-    """A service that does what it is told: lines of Python."""
-
-    def __init__(self, sandbox: Sandbox, scope: Cgroup) -> None:
-        self.scope = scope
-        self._sandbox = sandbox
-        self._told = 0
-
-    async def do(self, source: str) -> str:
-        """Have it done; returns `well` or the error."""
-        await self._sandbox.send(repr(source).encode() + b"\n")
-        number, self._told = self._told, self._told + 1
-        return (await line_of(self._sandbox, f"done {number} ")).split(" ", 2)[2]
-
-    async def listen(self, port: int, address: str = HOST, *, options: str = "", name: str = "s") -> str:
-        """Have it listen under a name."""
-        family = "AF_INET6" if ":" in address else "AF_INET"
-        make = (
-            f"{name} = socket.socket(socket.{family})\n{name}.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
-        )
-        return await self.do(f"{make}{options}\n{name}.bind(({address!r}, {port}))\n{name}.listen(1000)")
-
 
 @pytest.fixture
-async def puppet(supervisor: Supervisor, settings: Settings) -> AsyncIterator[Callable[..., Awaitable[Puppet]]]:
-    """Make puppets. Those of `user` are another tenant's."""
-    with contextlib.ExitStack() as stack:
-
-        async def make(service: str = "api", user: str = USER) -> Puppet:
-            sandbox = await supervisor.start(spec(python(_PUPPET), service=service, user=user, stdin=True))
-            await line_of(sandbox)
-            slice_path = find_mount().path / settings.cgroup_slice / f"pactown-{sandbox.user.key}.slice"
-            return Puppet(sandbox, stack.enter_context(Cgroup.open(slice_path / f"{service}.scope")))
-
+def puppet(supervisor: Supervisor, settings: Settings) -> Iterator[Make]:
+    with puppets(supervisor, settings) as make:
         yield make
-
-
-Make = Callable[..., Awaitable[Puppet]]
 
 
 @pytest.fixture
 def port() -> int:
-    """A port that nobody has, from below those that the kernel gives to connections."""
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for number in range(lowest - 1, 1024, -1):
-        with socket.socket(socket.AF_INET6) as free, contextlib.suppress(OSError):
-            free.bind(("::", number))
-            return number
-    raise AssertionError("no free port")
+    return free_port()
 
 
 def identity(scope: Cgroup) -> int:
@@ -372,8 +322,6 @@ async def test_another_tenant_takes_the_port_again_and_again(
     for user in (USER, "mallory"):
         source = _FLICKERING.format(port=port, name=user)
         await line_of(await supervisor.start(spec(python(source), service="flicker", user=user)))
-    sandbox = supervisor.get(USER, "flicker")
-    path = find_mount().path / settings.cgroup_slice / f"pactown-{sandbox.user.key}.slice/flicker.scope"
-    with Cgroup.open(path) as scope:
+    with scope_of(supervisor.get(USER, "flicker"), settings) as scope:
         assert await answers(port, scope, any_open_port, 500) == {USER.encode(), b"mallory"}
         assert await answers(port, scope, connect, 5_000) == {USER.encode()}
