@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -112,27 +111,28 @@ class Accounts:
         """Whether this host has a login or a group of this name, from whatever source."""
         return _login(name) is not None or _group(name) is not None
 
-    def free_uid(self, used: AbstractSet[int]) -> int:
-        """The lowest uid that is neither in `used` nor anything to this host: no uid, gid or subordinate id.
+    def free_uid(self, unused: Callable[[int, int], Iterator[range]]) -> int:
+        """A uid that is nobody's in the registry, nor anything to this host: no uid, gid or subordinate id.
 
         Call it, and use the answer, under `lock`.
+
+        Args:
+            unused: `Registry.unused_uids`. What it tells first of each range is tried before all else.
 
         Raises:
             AccountError: the ranges are exhausted.
         """
-        taken = set(used)
-        for login in pwd.getpwall():
-            taken |= {login.pw_uid, login.pw_gid}
+        taken = {number for login in pwd.getpwall() for number in (login.pw_uid, login.pw_gid)}
         taken |= {group.gr_gid for group in grp.getgrall()}
         ranges = self._ranges()
         subordinate = [one for one in self._subordinate_ranges() if any(_overlap(one, our) for our in ranges)]
-        for first, last in ranges:
-            for uid in range(first, last + 1):
-                if uid in taken or any(low <= uid <= high for low, high in subordinate):
-                    continue
-                # Name services such as LDAP answer for ids that they do not list.
-                if not _names_of(uid):
-                    return uid
+        inside = [unused(first, last) for first, last in ranges]
+        for uid in chain.from_iterable(chain((next(above) for above in inside), *inside)):
+            if uid in taken or any(low <= uid <= high for low, high in subordinate):
+                continue
+            # Name services such as LDAP answer for ids that they do not list.
+            if not _names_of(uid):
+                return uid
         raise AccountError(
             f"no uid is free in {', '.join(f'{first}-{last}' for first, last in ranges) or 'no range'}",
             remedy="widen uid_ranges in the settings",

@@ -115,7 +115,9 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         yield
         db.execute("COMMIT")
     except BaseException:
-        db.execute("ROLLBACK")
+        # A full disk has ended it already (https://www.sqlite.org/lang_transaction.html, section 3.1).
+        if db.in_transaction:
+            db.execute("ROLLBACK")
         raise
 
 

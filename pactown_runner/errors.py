@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "AccountError",
+    "AdmissionError",
     "AlreadyRunningError",
     "ConfigError",
     "FilesError",
@@ -68,6 +69,25 @@ class AlreadyRunningError(RunnerError):
     """This user's service is running already, here or under another owner of the same state."""
 
     code = "already-running"
+
+
+class AdmissionError(RunnerError):
+    """A start is refused that would be right at another time: a cap, a rate, or what the host has left.
+
+    Attributes:
+        limit: what stands in the way: the setting of that name, or `descriptors`.
+        retry_after: seconds until a start rate allows the next one. None if nobody can know: as soon as other sandboxes
+            have ended, or somebody has given the supervisor more.
+    """
+
+    code = "refused"
+
+    def __init__(
+        self, message: str, *, limit: str, retry_after: float | None = None, remedy: str | None = None
+    ) -> None:
+        super().__init__(message, remedy=remedy)
+        self.limit = limit
+        self.retry_after = retry_after
 
 
 class StateError(RunnerError):

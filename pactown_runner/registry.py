@@ -2,10 +2,11 @@
 
 Two tables carry it. `users` is never emptied: a deleted user stays as a tombstone, so that no key and no uid
 goes to somebody else. `sandboxes` holds one row for each service or run that is meant to be alive *now*; with
-the live cgroups it is all that recovery needs.
+the live cgroups it is all that recovery needs. `services` are those that are meant to come back, and `starts` is how
+fast each user may start what it wants: one for all processes that share the state.
 
-Changes to users are on the disk when the call returns. Claims and releases survive the death of any process,
-but the last of them may be lost with the power, when nothing that they name is alive either.
+Changes to users and services are on the disk when the call returns. Claims and releases survive the death of any
+process, but the last of them may be lost with the power, when nothing that they name is alive either.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from __future__ import annotations
 import operator
 import os
 import sqlite3
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from .database import Database, transaction
-from .errors import AlreadyRunningError, NotFoundError, RegistryError, StateError
+from .errors import AdmissionError, AlreadyRunningError, NotFoundError, RegistryError, StateError
 from .models import IsolatedUser
 
-__all__ = ["ClaimedError", "Kind", "Registry", "SandboxRow", "ServiceRow", "UserRow", "UserStatus"]
+__all__ = ["ClaimedError", "Kind", "Quota", "Registry", "SandboxRow", "ServiceRow", "UserRow", "UserStatus"]
 
 UserStatus = Literal["creating", "ready", "deleting", "deleted"]
 """`creating` and `deleting`: the account may or may not exist, and whoever comes next finishes the job."""
@@ -66,10 +69,11 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created_at REAL NOT NULL,
             PRIMARY KEY (key, service_id)
         ) STRICT, WITHOUT ROWID""",
+        # When the user's bucket is full again, in microseconds since the epoch: as many starts are missing from it as
+        # are due until then. One number that only whole numbers are added to stays exact.
         """CREATE TABLE starts (
             key TEXT NOT NULL PRIMARY KEY,
-            tokens REAL NOT NULL,
-            at REAL NOT NULL
+            full_at INTEGER NOT NULL
         ) STRICT, WITHOUT ROWID""",
     ),
 )
@@ -99,6 +103,20 @@ _RESTART = (
 )
 _RELEASE = "DELETE FROM sandboxes WHERE key = ? AND service_id = ? AND run_id = ?"
 _TAKE_OVER = "UPDATE sandboxes SET owner = ? WHERE key = ? AND service_id = ? AND run_id = ? AND owner = ?"
+_COUNT = "SELECT count(*) FROM sandboxes"
+# Names that begin with `_` are the runner's own: its jobs count against nobody.
+_COUNT_NAMED = _COUNT + " WHERE substr(service_id, 1, 1) <> '_'"
+_COUNT_OF_USER = _COUNT_NAMED + " AND key = ?"
+# Rows hold specs, and a count that had to read them would take 0.2 ms for a thousand.
+_INDEX_NAMES = "CREATE INDEX IF NOT EXISTS sandboxes_names ON sandboxes (service_id)"
+_FULL_AT = "SELECT full_at FROM starts WHERE key = ?"
+_SET_FULL_AT = "INSERT OR REPLACE INTO starts VALUES (?, ?)"
+_HIGHEST_UID = "SELECT max(uid) FROM users WHERE NOT virtual AND uid BETWEEN ? AND ?"
+_UID_GAPS = (
+    "SELECT uid + 1, next FROM (SELECT uid, lead(uid) OVER (ORDER BY uid) AS next FROM "
+    "(SELECT ? - 1 AS uid UNION ALL SELECT uid FROM users WHERE NOT virtual AND uid BETWEEN ? AND ?)) "
+    "WHERE next > uid + 1"
+)
 _UPDATE_SPEC = "UPDATE sandboxes SET spec = ? WHERE key = ? AND service_id = ? AND run_id = ?"
 
 
@@ -162,6 +180,23 @@ class ServiceRow(NamedTuple):
     created_at: float
 
 
+class Quota(NamedTuple):
+    """How much may be claimed; None for no end. What the runner itself claims, by names that begin with `_`, is free.
+
+    Attributes:
+        max_sandboxes: rows of all users.
+        max_per_user: rows of one user.
+        starts_per_minute: how many claims a user may make in a minute; also how many at once, if it made none before.
+    """
+
+    max_sandboxes: int | None = None
+    max_per_user: int | None = None
+    starts_per_minute: float | None = None
+
+
+_MINUTE = 60_000_000
+"""In microseconds, as all of `starts`."""
+
 _values_of = operator.attrgetter(*(field.name for field in fields(SandboxRow)))
 """A row as the tuple of its columns; their order is that of the table."""
 
@@ -190,6 +225,11 @@ class Registry:
     Any number of threads and processes may use the same file. One connection serves all threads of this
     object, one statement at a time, and `close` closes it there and then.
 
+    Args:
+        path: the file.
+        waits: see `Database`.
+        clock: seconds since the epoch. Starts are counted by it, since all processes know it, also after a reboot.
+
     Attributes:
         path: the file, mode 0600 in a directory of mode 0700.
         state_id: made once with the file, 32 hex digits; marks what belongs to this state on the host.
@@ -199,8 +239,9 @@ class Registry:
             is corrupt, belongs to another program, or has a newer schema than this version knows.
     """
 
-    def __init__(self, path: Path, *, waits: bool = True) -> None:
+    def __init__(self, path: Path, *, waits: bool = True, clock: Callable[[], float] = time.time) -> None:
         self.path = path
+        self._clock = clock
         self._database = Database(path, _APPLICATION_ID, _MIGRATIONS, waits=waits)
         try:
             self.state_id = self._read_state_id()
@@ -255,6 +296,20 @@ class Registry:
         with self._database as db:
             found = db.execute("SELECT uid, gid FROM users WHERE NOT virtual").fetchall()
         return {number for pair in found for number in pair}
+
+    def unused_uids(self, first: int, last: int) -> Iterator[range]:
+        """The uids from `first` to `last` that no user of this state has or ever had, those of virtual users aside.
+
+        First come those above all that were given out, which costs the same however many there are. What was left out
+        below or reaped comes after them, found by going through all.
+        """
+        with self._database as db:
+            (highest,) = db.execute(_HIGHEST_UID, (first, last)).fetchone()
+        above = first if highest is None else highest + 1
+        yield range(above, last + 1)
+        with self._database as db:
+            gaps = db.execute(_UID_GAPS, (first, first, above - 1)).fetchall()
+        yield from (range(*gap) for gap in gaps)
 
     def add_user(self, row: UserRow) -> bool:
         """Reserve this row's id, key, login and uid; durable. False, and no change, if one is taken."""
@@ -326,26 +381,58 @@ class Registry:
 
     # Sandboxes ---
 
-    def claim(self, row: SandboxRow) -> None:
+    def index_for(self, quota: Quota | None) -> None:
+        """Make counting cheap where there is something to count; once, before the first claim.
+
+        The index that a cap on the whole host wants costs each claim and release 3 microseconds, and nothing is wrong
+        without it. So it is not there before somebody sets such a cap.
+        """
+        if quota is not None and quota.max_sandboxes is not None:
+            with self._database as db:
+                db.execute(_INDEX_NAMES)
+
+    def claim(self, row: SandboxRow, quota: Quota | None = None) -> None:
         """Write down that this is meant to be alive, before anything of it is made.
+
+        Args:
+            quota: what may be claimed; checked together with the claim, whoever else claims meanwhile. A claim that
+                is refused for whatever reason does not count as a start.
 
         Raises:
             ClaimedError: this user's service is there already, whoever owns it.
             NotFoundError: there is no such user, or it is being made or removed.
+            AdmissionError: that would be more than `quota` allows.
         """
         with self._database as db:
-            self._claim(db, row)
+            if quota is None:
+                self._insert(db, row)
+            else:
+                with transaction(db):
+                    self._claim(db, row, quota)
 
-    def register(self, row: SandboxRow) -> None:
+    def register(self, row: SandboxRow, quota: Quota | None = None) -> None:
         """Claim a service, and write down that it is to come back until it is stopped, in one; durable.
 
         Raises: as `claim`; then neither is written down.
         """
         with self._database.durable() as db, transaction(db):
-            self._claim(db, row)
+            self._claim(db, row, quota)
             db.execute(_REGISTER, (row.key, row.service_id, row.spec, row.created_at))
 
-    def _claim(self, db: sqlite3.Connection, row: SandboxRow) -> None:
+    def _claim(self, db: sqlite3.Connection, row: SandboxRow, quota: Quota | None) -> None:
+        """To be called in a transaction, which ends with what is raised here."""
+        # First, as it says better than any quota why a service cannot be started twice. So the counts include it.
+        self._insert(db, row)
+        if quota is None:
+            return
+        if quota.max_sandboxes is not None:
+            _check_host(db, row, quota.max_sandboxes)
+        if quota.max_per_user is not None:
+            _check_user(db, row, quota.max_per_user)
+        if quota.starts_per_minute is not None:
+            _count_start(db, row, quota.starts_per_minute, int(self._clock() * 1e6))
+
+    def _insert(self, db: sqlite3.Connection, row: SandboxRow) -> None:
         try:
             done = db.execute(_CLAIM, (*_values_of(row), row.key)).rowcount
         except sqlite3.IntegrityError as error:
@@ -400,6 +487,50 @@ class Registry:
         """Write down a changed spec, such as new limits. False if this run is not there any more."""
         with self._database as db:
             return db.execute(_UPDATE_SPEC, (spec, key, service_id, run_id)).rowcount == 1
+
+
+def _check_host(db: sqlite3.Connection, row: SandboxRow, most: int) -> None:
+    # The plain count looks at no row, and is enough unless it is close.
+    if db.execute(_COUNT).fetchone()[0] <= most:
+        return
+    if (count := db.execute(_COUNT_NAMED).fetchone()[0]) > most:
+        raise AdmissionError(
+            f"cannot start {row.service_id!r}: {count - 1} sandboxes run on this host, and {most} may",
+            limit="max_sandboxes",
+            remedy="stop others, or raise max_sandboxes in the settings",
+        )
+
+
+def _check_user(db: sqlite3.Connection, row: SandboxRow, most: int) -> None:
+    if (count := db.execute(_COUNT_OF_USER, (row.key,)).fetchone()[0]) > most:
+        raise AdmissionError(
+            f"cannot start {row.service_id!r}: {count - 1} sandboxes of user {row.key} run, and {most} may",
+            limit="max_sandboxes_per_user",
+            remedy="stop others of this user, or raise max_sandboxes_per_user in the settings",
+        )
+
+
+def _count_start(db: sqlite3.Connection, row: SandboxRow, per_minute: float, now: int) -> None:
+    """Take one of the starts that a user has: a bucket that holds a minute's, or one if that is less.
+
+    What is written down is when the bucket is full again. Each start puts that off by what one takes to come back.
+    """
+    each = int(_MINUTE / per_minute)
+    whole = int(each * max(1, per_minute))
+    found = db.execute(_FULL_AT, (row.key,)).fetchone()
+    full_at = found[0] if found else now
+    # No bucket is emptier than empty: the clock was put back, or the rate was lower. Nobody is to wait for that.
+    if not now < full_at <= now + whole:
+        full_at = now
+    full_at += each
+    if (early := full_at - whole - now) > 0:
+        raise AdmissionError(
+            f"cannot start {row.service_id!r}: user {row.key} has had its {per_minute:g} starts per minute",
+            limit="starts_per_minute",
+            retry_after=early / 1e6,
+            remedy=f"try again in {early / 1e6:.3g} seconds",
+        )
+    db.execute(_SET_FULL_AT, (row.key, full_at))
 
 
 def _user_row(values: tuple[Any, ...]) -> UserRow:

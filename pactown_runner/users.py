@@ -165,7 +165,7 @@ class Users:
                 continue
             if self.root_mode and self._accounts.knows(name):
                 continue
-            uid = self._accounts.free_uid(self._registry.used_uids()) if self.root_mode else os.geteuid()
+            uid = self._accounts.free_uid(self._registry.unused_uids) if self.root_mode else os.geteuid()
             return UserRow(
                 saas_id=saas_user_id,
                 key=key,

@@ -44,9 +44,20 @@ def accounts(users_base: Path, test_run: hostguard.Run, cleanup: None) -> Accoun
     return Accounts(users_base, [test_run.uids], STATE_ID)
 
 
+def not_in(*used: int) -> Callable[[int, int], Iterator[range]]:
+    """As `Registry.unused_uids` of a registry that has these."""
+
+    def unused(first: int, last: int) -> Iterator[range]:
+        above = max((uid + 1 for uid in used if first <= uid <= last), default=first)
+        yield range(above, last + 1)
+        yield from (range(uid, uid + 1) for uid in range(first, above) if uid not in used)
+
+    return unused
+
+
 @pytest.fixture
 def row(users_base: Path, accounts: Accounts) -> UserRow:
-    uid = accounts.free_uid(set())
+    uid = accounts.free_uid(not_in())
     name = f"pactown_{uid:08x}"
     return UserRow(
         saas_id="auth0|1", key=name[8:], username=name, uid=uid, gid=uid, home=users_base / name, created_at=1.0
@@ -296,22 +307,48 @@ def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @pytest.mark.host
-def test_lowest_uid_that_nobody_has(accounts: Accounts, foreign: str, test_run: hostguard.Run) -> None:
+def test_next_uid_that_nobody_has(accounts: Accounts, foreign: str, test_run: hostguard.Run) -> None:
     first, _ = test_run.uids
-    assert accounts.free_uid(set()) == first
-    assert accounts.free_uid({first, first + 2}) == first + 1
+    assert accounts.free_uid(not_in()) == first
+    assert accounts.free_uid(not_in(first, first + 2)) == first + 3
     useradd(foreign, first)
     subprocess.run(["groupadd", "--gid", str(first + 1), f"{foreign}group"], check=True)
-    assert accounts.free_uid({first + 2}) == first + 3
+    assert accounts.free_uid(not_in()) == first + 2
+    assert accounts.free_uid(not_in(first + 2)) == first + 3
+
+
+@pytest.mark.host
+def test_gaps_are_filled_when_nothing_is_left_above_them(
+    users_base: Path, foreign: str, test_run: hostguard.Run, cleanup: None
+) -> None:
+    first, _ = test_run.uids
+    accounts = Accounts(users_base, [(first, first + 4), (first + 5, first + 6)], STATE_ID)
+    assert accounts.free_uid(not_in(first + 4)) == first + 5
+    assert accounts.free_uid(not_in(first + 4, first + 5)) == first + 6
+    assert accounts.free_uid(not_in(first, first + 4, first + 6)) == first + 1
+    useradd(foreign, first + 1)
+    assert accounts.free_uid(not_in(first, first + 4, first + 6)) == first + 2
+
+
+@pytest.mark.host
+def test_a_gid_that_has_no_group_and_is_a_logins_is_left_alone(
+    accounts: Accounts, foreign: str, test_run: hostguard.Run
+) -> None:
+    first, last = test_run.uids
+    useradd(foreign, last)
+    subprocess.run(["groupadd", "--gid", str(first), f"{foreign}group"], check=True)
+    subprocess.run(["usermod", "--gid", str(first), foreign], check=True)
+    subprocess.run(["groupdel", "--force", f"{foreign}group"], check=True)
+    assert accounts.free_uid(not_in()) == first + 1
 
 
 @pytest.mark.host
 def test_exhausted_ranges_are_a_typed_error(users_base: Path, test_run: hostguard.Run) -> None:
     first, _ = test_run.uids
     accounts = Accounts(users_base, [(first, first + 1), (first + 5, first + 5)], STATE_ID)
-    assert accounts.free_uid({first, first + 1}) == first + 5
+    assert accounts.free_uid(not_in(first, first + 1)) == first + 5
     with pytest.raises(AccountError, match=f"{first}-{first + 1}, {first + 5}-{first + 5}") as caught:
-        accounts.free_uid({first, first + 1, first + 5})
+        accounts.free_uid(not_in(first, first + 1, first + 5))
     assert caught.value.remedy is not None
 
 
@@ -319,8 +356,8 @@ def test_subordinate_ids_are_left_alone(users_base: Path, tmp_path: Path) -> Non
     (tmp_path / "subuid").write_text("somebody:64990:4\nbroken line\nx:y:z\n")
     (tmp_path / "subgid").write_text("somebody:64995:1\n")
     accounts = Accounts(users_base, [(64990, 64999)], STATE_ID, etc=tmp_path)
-    assert accounts.free_uid(set()) == 64994
-    assert accounts.free_uid({64994}) == 64996
+    assert accounts.free_uid(not_in()) == 64994
+    assert accounts.free_uid(not_in(64994)) == 64996
 
 
 def test_ids_that_a_name_service_does_not_list_are_left_alone(
@@ -329,7 +366,7 @@ def test_ids_that_a_name_service_does_not_list_are_left_alone(
     monkeypatch.setattr(pwd, "getpwall", list)
     monkeypatch.setattr(grp, "getgrall", list)
     accounts = Accounts(users_base, [(0, 3), (64990, 64990)], STATE_ID)
-    assert accounts.free_uid(set()) == 64990  # Debian's base-passwd has 0 to 3
+    assert accounts.free_uid(not_in()) == 64990  # Debian's base-passwd has 0 to 3
 
 
 def test_ranges_that_touch_systemd_homed_are_dropped(users_base: Path, tmp_path: Path) -> None:

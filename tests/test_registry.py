@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import sqlite3
 import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pactown_runner.database import BusyError, private_dir
-from pactown_runner.errors import AlreadyRunningError, NotFoundError, RegistryError, StateError
-from pactown_runner.registry import ClaimedError, Registry, SandboxRow, UserRow
+from pactown_runner.database import BusyError, Database, private_dir
+from pactown_runner.errors import AdmissionError, AlreadyRunningError, NotFoundError, RegistryError, StateError
+from pactown_runner.registry import ClaimedError, Quota, Registry, SandboxRow, ServiceRow, UserRow
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,11 +68,47 @@ def ready(registry: Registry) -> UserRow:
     return registry.mark_ready(user_row())
 
 
+def service_row(service_id: str = "api", created_at: float = 1700000001.5) -> ServiceRow:
+    row = sandbox_row(service_id)
+    return ServiceRow(row.key, service_id, row.spec, created_at)
+
+
+class Clock:
+    """A clock that stands still until it is set."""
+
+    now = 1700000000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def statements(registry: Registry) -> list[str]:
+    """What is executed from now on."""
+    seen: list[str] = []
+    with registry._database as db:
+        db.set_trace_callback(seen.append)
+    return seen
+
+
 def run_python(source: str, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", source, *arguments], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
     )
     return done.stdout
+
+
+def started(source: str, *arguments: str) -> subprocess.Popen[str]:
+    """A Python process that is yet to be told to go on."""
+    return subprocess.Popen(
+        [sys.executable, "-c", source, *arguments], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def finished(child: subprocess.Popen[str]) -> str:
+    """Tell it to go on; returns what it printed until its end."""
+    output, _ = child.communicate("\n", timeout=60)
+    assert child.returncode == 0
+    return output
 
 
 # Opening ---
@@ -134,6 +173,107 @@ def test_newer_schema_is_refused_and_not_touched(path: Path, registry: Registry)
         Registry(path)
     assert caught.value.remedy is not None
     assert path.read_bytes() == before
+
+
+V1 = (
+    "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
+    "INSERT INTO meta VALUES ('state_id', '0123456789abcdef0123456789abcdef')",
+    """CREATE TABLE users (
+        saas_id BLOB NOT NULL UNIQUE,
+        key TEXT NOT NULL UNIQUE,
+        username TEXT NOT NULL UNIQUE,
+        uid INTEGER NOT NULL,
+        gid INTEGER NOT NULL,
+        home BLOB NOT NULL,
+        created_at REAL NOT NULL,
+        status TEXT NOT NULL CHECK (status IN ('creating', 'ready', 'deleting', 'deleted')),
+        virtual INTEGER NOT NULL
+    ) STRICT""",
+    "CREATE UNIQUE INDEX users_uid ON users (uid) WHERE NOT virtual",
+    """CREATE TABLE sandboxes (
+        key TEXT NOT NULL,
+        service_id TEXT NOT NULL,
+        run_id TEXT NOT NULL,
+        owner TEXT NOT NULL,
+        kind TEXT NOT NULL CHECK (kind IN ('service', 'run')),
+        spec TEXT NOT NULL,
+        cgroup TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        PRIMARY KEY (key, service_id)
+    ) STRICT, WITHOUT ROWID""",
+    "INSERT INTO users VALUES (X'617574683a31', 'aaaaaaaa', 'pactown_aaaaaaaa', 64100, 64100, "
+    "X'2f7372762f686f6d65732f706163746f776e5f6161616161616161', 1700000000.25, 'ready', 0)",
+    "INSERT INTO users VALUES (X'676f6e65', 'bbbbbbbb', 'pactown_bbbbbbbb', 64101, 64101, X'2f78', 1.5, 'deleted', 0)",
+    "INSERT INTO sandboxes VALUES ('aaaaaaaa', 'api', 'r1', 'o1', 'service', '{\"command\": [\"true\"]}', "
+    "'/pactown.slice/pactown-aaaaaaaa.slice/api.scope', 1700000001.5)",
+    f"PRAGMA application_id = {0x50414354}",
+    "PRAGMA user_version = 1",
+)
+"""A file as version 0.1 wrote it; these statements never change."""
+
+
+@pytest.fixture
+def old(path: Path) -> Path:
+    private_dir(path.parent)
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("PRAGMA journal_mode = WAL")
+    for statement in V1:
+        db.execute(statement)
+    db.close()
+    path.chmod(0o600)
+    return path
+
+
+def test_what_an_earlier_version_wrote_is_kept_and_can_do_more(old: Path) -> None:
+    with Registry(old) as registry:
+        assert registry.state_id == "0123456789abcdef0123456789abcdef"
+        user, gone = registry.users()
+        assert user == replace(user_row("auth:1"), status="ready")
+        assert (gone.saas_id, gone.status, gone.home) == ("gone", "deleted", Path("/x"))
+        assert registry.rows() == [sandbox_row()]
+        assert registry.absent_services() == []
+        with pytest.raises(ClaimedError, match="o1"):
+            registry.claim(sandbox_row())
+        registry.register(sandbox_row("web"), Quota(5, 5, 5))
+        assert registry.release(user.key, "api", "r1")
+    with Registry(old) as again:
+        assert [row.service_id for row in again.rows()] == ["web"]
+
+
+def test_many_processes_migrate_one_file_once(old: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from pactown_runner.registry import Registry
+print("ready", flush=True)
+sys.stdin.readline()
+with Registry(Path(sys.argv[1])) as registry:
+    print(len(registry.users()), len(registry.absent_services()))
+"""
+    children = [started(script, str(old)) for _ in range(4)]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    assert set(map(finished, children)) == {"2 0\n"}
+
+
+def test_an_earlier_version_refuses_the_file_afterwards(old: Path) -> None:
+    with Registry(old):
+        pass
+    before = old.read_bytes()
+    with pytest.raises(RegistryError, match="schema version 2, and this version knows 1") as caught:
+        Database(old, 0x50414354, [V1])
+    assert caught.value.remedy is not None
+    assert old.read_bytes() == before
+
+
+def test_a_migration_that_fails_changes_nothing(old: Path) -> None:
+    with pytest.raises(RegistryError, match="no such table"):
+        Database(old, 0x50414354, [V1, ("CREATE TABLE more (x)", "DROP TABLE never_there")])
+    with Registry(old) as registry:
+        assert registry.rows() == [sandbox_row()]
+        with registry._database as db:
+            assert db.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'more'").fetchone() == (0,)
 
 
 def test_database_of_another_program_is_refused(path: Path) -> None:
@@ -310,9 +450,7 @@ def test_revived_user_has_its_own_key_and_uid(registry: Registry, ready: UserRow
 
 
 def test_users_are_durable_and_claims_are_not_slowed(registry: Registry, path: Path) -> None:
-    seen: list[str] = []
-    with registry._database as db:
-        db.set_trace_callback(seen.append)
+    seen = statements(registry)
     registry.add_user(user_row())
     registry.mark_ready(user_row())
     registry.claim(sandbox_row())
@@ -322,6 +460,52 @@ def test_users_are_durable_and_claims_are_not_slowed(registry: Registry, path: P
     assert words[2:4] == [normal, full]
     assert words[5] == normal
     assert len(words) == 7
+
+
+# Uids ---
+
+
+def unused(registry: Registry, first: int, last: int) -> list[int]:
+    return [uid for uids in registry.unused_uids(first, last) for uid in uids]
+
+
+def test_unused_uids_are_those_above_and_then_the_gaps(registry: Registry) -> None:
+    assert unused(registry, 5, 8) == [5, 6, 7, 8]
+    for number, uid in enumerate((7, 10, 11, 14, 100)):
+        assert registry.add_user(user_row(f"id{number}", f"{number:08x}", uid))
+    registry.add_user(user_row("virtual", "ffffffff", 15, virtual=True))
+    assert unused(registry, 5, 16) == [15, 16, 5, 6, 8, 9, 12, 13]
+    assert unused(registry, 7, 14) == [8, 9, 12, 13]
+    assert unused(registry, 10, 11) == unused(registry, 100, 100) == []
+    assert unused(registry, 101, 102) == [101, 102]
+    assert next(registry.unused_uids(10, 11)) == range(12, 12)
+
+
+def steps(registry: Registry, action: Callable[[], object]) -> int:
+    """How many instructions of its virtual machine SQLite needs."""
+    count = 0
+
+    def step() -> int:
+        nonlocal count
+        count += 1
+        return 0
+
+    with registry._database as db:
+        db.set_progress_handler(step, 1)
+    action()
+    with registry._database as db:
+        db.set_progress_handler(None, 1)
+    return count
+
+
+def test_the_next_uid_costs_the_same_however_many_there_are(registry: Registry) -> None:
+    registry.add_user(user_row("first", "ffffffff", 1000))
+    before = steps(registry, lambda: next(registry.unused_uids(1000, 9000)))
+    for number in range(300):
+        registry.add_user(user_row(f"id{number}", f"{number:08x}", 1001 + number))
+    after = steps(registry, lambda: next(registry.unused_uids(1000, 9000)))
+    assert before == after
+    assert steps(registry, registry.used_uids) > 300  # such a look is seen
 
 
 # Sandboxes ---
@@ -381,6 +565,391 @@ def test_update_spec_is_this_runs_only(registry: Registry, ready: UserRow) -> No
     assert not registry.update_spec(ready.key, "api", "r2", "{}")
     assert registry.update_spec(ready.key, "api", "r1", "{}")
     assert registry.rows() == [replace(sandbox_row(), spec="{}")]
+
+
+def test_restart_is_another_run_of_the_same_claim(registry: Registry, ready: UserRow) -> None:
+    registry.claim(sandbox_row())
+    claim = (ready.key, "api", "r1")
+    assert not registry.restart(claim, "o2", "r2", 1800000000.0)
+    assert not registry.restart((ready.key, "api", "r0"), "o1", "r2", 1800000000.0)
+    assert not registry.restart((ready.key, "web", "r1"), "o1", "r2", 1800000000.0)
+    assert registry.rows() == [sandbox_row()]
+    assert registry.restart(claim, "o1", "r2", 1800000000.0)
+    assert registry.rows() == [replace(sandbox_row(run_id="r2"), created_at=1800000000.0)]
+    assert not registry.restart(claim, "o1", "r3", 1800000000.0)
+    assert not registry.release(*claim)
+
+
+# Services ---
+
+
+def test_a_registered_service_is_absent_when_nobody_has_claimed_it(
+    registry: Registry, path: Path, ready: UserRow
+) -> None:
+    registry.register(sandbox_row())
+    registry.claim(sandbox_row("once"))
+    assert registry.absent_services() == []
+    registry.release(ready.key, "api", "r1")
+    registry.release(ready.key, "once", "r1")
+    assert registry.absent_services() == [service_row()]
+    with Registry(path) as again:
+        assert again.absent_services() == [service_row()]
+    registry.claim(sandbox_row(run_id="r2"))
+    assert registry.absent_services() == []
+
+
+def test_absent_services_come_oldest_first(registry: Registry, ready: UserRow) -> None:
+    for service_id, created_at in (("b", 3.0), ("c", 1.0), ("a", 2.0)):
+        registry.register(replace(sandbox_row(service_id), created_at=created_at))
+        registry.release(ready.key, service_id, "r1")
+    assert registry.absent_services() == [service_row("c", 1.0), service_row("a", 2.0), service_row("b", 3.0)]
+
+
+def test_a_service_that_is_registered_again_is_as_it_was_asked_for_last(registry: Registry, ready: UserRow) -> None:
+    registry.register(sandbox_row())
+    registry.release(ready.key, "api", "r1")
+    registry.register(replace(sandbox_row(run_id="r2"), spec="{}", created_at=1800000000.0))
+    registry.release(ready.key, "api", "r2")
+    assert registry.absent_services() == [ServiceRow(ready.key, "api", "{}", 1800000000.0)]
+
+
+def test_forgotten_services_do_not_come_back(registry: Registry, ready: UserRow) -> None:
+    registry.register(sandbox_row())
+    assert not registry.forget(ready.key, "web")
+    assert registry.forget(ready.key, "api")
+    assert not registry.forget(ready.key, "api")
+    assert registry.rows() == [sandbox_row()]  # it is not to come back, and is still there
+    registry.release(ready.key, "api", "r1")
+    assert registry.absent_services() == []
+
+
+def test_a_removed_users_services_do_not_come_back(registry: Registry, ready: UserRow) -> None:
+    registry.add_user(user_row("other", "bbbbbbbb", 64101))
+    registry.mark_ready(user_row("other", "bbbbbbbb", 64101))
+    for key in (ready.key, "bbbbbbbb"):
+        registry.register(sandbox_row(key=key))
+    with pytest.raises(StateError):
+        registry.begin_removal(ready)
+    for key in (ready.key, "bbbbbbbb"):
+        registry.release(key, "api", "r1")
+    registry.begin_removal(ready)
+    assert [row.key for row in registry.absent_services()] == ["bbbbbbbb"]
+
+
+def test_what_cannot_be_claimed_is_not_registered(registry: Registry) -> None:
+    with pytest.raises(NotFoundError):
+        registry.register(sandbox_row())
+    registry.add_user(user_row())
+    ready = registry.mark_ready(user_row())
+    registry.claim(sandbox_row())
+    with pytest.raises(ClaimedError, match="o1"):
+        registry.register(replace(sandbox_row(run_id="r2"), spec="{}"))
+    registry.release(ready.key, "api", "r1")
+    assert registry.absent_services() == []
+
+
+def test_what_is_to_come_back_is_durable(registry: Registry, ready: UserRow) -> None:
+    seen = statements(registry)
+    registry.register(sandbox_row())
+    registry.forget(ready.key, "api")
+    words = [statement.split()[0] + statement[-6:] for statement in seen]
+    full, normal = "PRAGMA= FULL", "PRAGMANORMAL"
+    assert words.index(full) < words.index("COMMITCOMMIT") < words.index(normal)
+    assert [word for word in words if word.startswith("PRAGMA")] == [full, normal] * 2
+
+
+@pytest.mark.parametrize("room", [0, 30], ids=["not the claim", "the claim alone"])
+def test_a_full_disk_is_a_typed_error_and_takes_nothing_by_halves(
+    registry: Registry, ready: UserRow, room: int
+) -> None:
+    with registry._database as db:
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        db.execute(f"PRAGMA max_page_count = {pages + room}")
+    with pytest.raises(RegistryError, match="full") as caught:
+        registry.register(replace(sandbox_row(), spec="x" * 100_000))
+    assert caught.value.remedy == "free some space on its file system"
+    assert registry.rows() == []
+    assert registry.absent_services() == []
+    registry.register(sandbox_row())
+
+
+# Quotas ---
+
+
+@pytest.fixture
+def other(registry: Registry, ready: UserRow) -> UserRow:
+    row = user_row("other", "bbbbbbbb", 64101)
+    assert registry.add_user(row)
+    return registry.mark_ready(row)
+
+
+def test_a_cap_on_the_host_counts_all_users_sandboxes(registry: Registry, ready: UserRow, other: UserRow) -> None:
+    quota = Quota(max_sandboxes=3)
+    registry.claim(sandbox_row(), quota)
+    registry.claim(sandbox_row(key=other.key, owner="o2"), quota)
+    registry.register(sandbox_row("web"), quota)
+    for action in (registry.claim, registry.register):
+        with pytest.raises(AdmissionError, match=r"3 sandboxes run on this host, and 3 may") as caught:
+            action(sandbox_row("more"), quota)
+        assert (caught.value.code, caught.value.limit, caught.value.retry_after) == ("refused", "max_sandboxes", None)
+        assert caught.value.remedy is not None
+    assert len(registry.rows()) == 3
+    registry.claim(sandbox_row("free"))  # without a quota there is none
+    registry.release(other.key, "api", "r1")
+    registry.release(ready.key, "free", "r1")
+    registry.claim(sandbox_row("more"), quota)
+    registry.release(ready.key, "web", "r1")
+    registry.release(ready.key, "more", "r1")
+    assert registry.absent_services() == [service_row("web")]  # and not the one that was refused
+
+
+def test_a_cap_on_a_user_counts_its_own(registry: Registry, ready: UserRow, other: UserRow) -> None:
+    quota = Quota(max_per_user=2)
+    for key in (ready.key, other.key):
+        for service_id in ("a", "b"):
+            registry.claim(sandbox_row(service_id, key=key), quota)
+        with pytest.raises(AdmissionError, match=f"2 sandboxes of user {key} run, and 2 may") as caught:
+            registry.claim(sandbox_row("c", key=key), quota)
+        assert caught.value.limit == "max_sandboxes_per_user"
+    registry.release(ready.key, "a", "r1")
+    registry.claim(sandbox_row("c"), quota)
+
+
+def test_a_cap_of_none_at_all_lets_nothing_in(registry: Registry, ready: UserRow) -> None:
+    for quota in (Quota(max_sandboxes=0), Quota(max_per_user=0)):
+        with pytest.raises(AdmissionError, match="0 sandboxes"):
+            registry.claim(sandbox_row(), quota)
+    assert registry.rows() == []
+
+
+def test_the_runners_own_jobs_count_against_nobody(registry: Registry, ready: UserRow) -> None:
+    for number in range(5):
+        registry.claim(sandbox_row(f"_job-{number}"))
+    quota = Quota(max_sandboxes=2, max_per_user=2)
+    registry.claim(sandbox_row("a"), quota)
+    registry.claim(sandbox_row("Z_"), quota)
+    with pytest.raises(AdmissionError):
+        registry.claim(sandbox_row("c"), quota)
+
+
+def test_what_runs_already_says_so_and_costs_no_start(registry: Registry, ready: UserRow) -> None:
+    quota = Quota(max_sandboxes=1, max_per_user=1, starts_per_minute=1)
+    registry.claim(sandbox_row(), quota)
+    with pytest.raises(ClaimedError, match="o1"):
+        registry.claim(sandbox_row(run_id="r2"), quota)
+    with pytest.raises(NotFoundError):
+        registry.claim(sandbox_row(key="cccccccc"), quota)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def timed(path: Path, ready: UserRow, clock: Clock) -> Iterator[Registry]:
+    """The same registry under a clock of the test's."""
+    with Registry(path, clock=clock) as registry:
+        yield registry
+
+
+def start(registry: Registry, per_minute: float, key: str = "aaaaaaaa") -> float:
+    """Start and end something; returns for how many seconds that is refused, or 0."""
+    try:
+        registry.claim(sandbox_row(key=key), Quota(starts_per_minute=per_minute))
+    except AdmissionError as error:
+        refused = error
+    else:
+        assert registry.release(key, "api", "r1")
+        return 0.0
+    assert refused.limit == "starts_per_minute"
+    assert refused.retry_after is not None
+    assert refused.retry_after > 0
+    return refused.retry_after
+
+
+@pytest.mark.parametrize(
+    ("per_minute", "at_once", "interval"),
+    [(1, 1, 60.0), (60, 60, 1.0), (7, 7, 8.571428), (2.5, 2, 24.0), (0.25, 1, 240.0), (120, 120, 0.5)],
+)
+def test_a_minutes_starts_may_come_at_once_and_then_one_by_one(
+    timed: Registry, clock: Clock, per_minute: float, at_once: int, interval: float
+) -> None:
+    assert [start(timed, per_minute) for _ in range(at_once)] == [0.0] * at_once
+    # What is left of a bucket that does not hold a whole number of starts comes back the sooner.
+    rest = interval * (1 - max(1, per_minute) % 1)
+    for wait in [rest, *[interval] * (2 * at_once)]:
+        assert start(timed, per_minute) == pytest.approx(wait, abs=1e-6)
+        before = clock.now
+        clock.now = before + wait - 2e-6
+        assert 0 < start(timed, per_minute) < 1e-5
+        clock.now = before + wait
+        assert start(timed, per_minute) == 0.0
+    clock.now += 86400
+    assert [start(timed, per_minute) for _ in range(at_once)] == [0.0] * at_once
+    assert start(timed, per_minute) > 0
+
+
+def test_so_many_starts_as_are_due_and_no_more(timed: Registry, clock: Clock) -> None:
+    chance = random.Random(1)
+    begun, done = clock.now, 0
+    while clock.now < begun + 3600:
+        clock.now += chance.choice((0.0, 0.1, 0.7, 3.0))
+        done += start(timed, 30) == 0.0
+    # 30 at first, and one every 2 seconds: it asks far more often than that.
+    assert done == 30 + (clock.now - begun) // 2
+
+
+def test_users_have_starts_of_their_own(timed: Registry, other: UserRow) -> None:
+    assert [start(timed, 2), start(timed, 2)] == [0.0, 0.0]
+    assert start(timed, 2) > 0
+    assert start(timed, 2, other.key) == 0.0
+
+
+def test_a_refused_start_costs_none(timed: Registry, registry: Registry, clock: Clock) -> None:
+    registry.claim(sandbox_row("held"))
+    for _ in range(5):
+        with pytest.raises(AdmissionError, match="sandboxes"):
+            timed.claim(sandbox_row(), Quota(max_per_user=1, starts_per_minute=2))
+    assert [start(timed, 2), start(timed, 2)] == [0.0, 0.0]
+    assert {start(timed, 2) for _ in range(5)} == {30.0}
+    clock.now += 30
+    assert start(timed, 2) == 0.0
+
+
+def test_what_starts_by_itself_costs_none(timed: Registry, ready: UserRow) -> None:
+    timed.claim(sandbox_row(), Quota(starts_per_minute=1))
+    for number in range(5):
+        assert timed.restart((ready.key, "api", f"r{number + 1}"), "o1", f"r{number + 2}", 1.0)
+    timed.release(ready.key, "api", "r6")
+    timed.claim(sandbox_row(), Quota(max_per_user=5))
+    timed.release(ready.key, "api", "r1")
+    assert start(timed, 1) == 60.0
+
+
+@pytest.mark.parametrize("back", [90.0, 86400.0, 1699999999.0])
+def test_a_clock_that_is_put_back_keeps_nobody_out(timed: Registry, clock: Clock, back: float) -> None:
+    assert [start(timed, 2), start(timed, 2)] == [0.0, 0.0]
+    clock.now -= back
+    assert [start(timed, 2), start(timed, 2)] == [0.0, 0.0]
+    assert start(timed, 2) == 30.0
+
+
+def test_a_clock_that_is_put_back_a_little_costs_what_it_was_put_back(timed: Registry, clock: Clock) -> None:
+    assert [start(timed, 6) for _ in range(3)] == [0.0] * 3
+    clock.now -= 20
+    assert [start(timed, 6), start(timed, 6)] == [0.0, 10.0]
+    clock.now += 3600
+    assert [start(timed, 6) for _ in range(7)] == [0.0] * 6 + [10.0]
+
+
+def test_another_rate_holds_at_once(timed: Registry) -> None:
+    assert start(timed, 0.1) == 0.0
+    assert start(timed, 0.1) == 600.0
+    assert start(timed, 10) == 0.0
+    assert [start(timed, 3) for _ in range(3)] == [0.0, 0.0, 6.0]
+
+
+def test_starts_are_remembered_by_the_file(timed: Registry, path: Path, clock: Clock) -> None:
+    assert start(timed, 1) == 0.0
+    timed.close()
+    with Registry(path, clock=clock) as again:
+        assert start(again, 1) == 60.0
+
+
+def test_a_claim_without_quota_is_one_statement(registry: Registry, ready: UserRow) -> None:
+    seen = statements(registry)
+    registry.claim(sandbox_row())
+    assert len(seen) == 1
+    registry.claim(sandbox_row("web"), Quota(5, 5, 5.0))
+    assert not any("_'" in statement and "key" not in statement for statement in seen)  # nor is every row looked at
+
+
+def test_the_count_of_a_host_that_is_capped_reads_names_alone(registry: Registry, ready: UserRow) -> None:
+    def plan() -> str:
+        with registry._database as db:
+            return str(db.execute("EXPLAIN QUERY PLAN SELECT count(*) FROM sandboxes").fetchone()[3])
+
+    for quota in (None, Quota(max_per_user=5, starts_per_minute=5)):
+        registry.index_for(quota)
+    assert "sandboxes_names" not in plan()
+    for _ in range(2):
+        registry.index_for(Quota(max_sandboxes=5))
+    assert plan() == "SCAN sandboxes USING COVERING INDEX sandboxes_names"
+    registry.claim(sandbox_row(), Quota(max_sandboxes=5))
+    assert registry.rows() == [sandbox_row()]
+
+
+def claim_all(registry: Registry, owner: str, quota: Quota, *, keep: bool) -> list[str]:
+    """Claim 100 names for two users; returns the key of each that was to be had. Also run in another process."""
+    won = []
+    for number in range(100):
+        row = sandbox_row(f"{owner}-{number}", key="ab"[number % 2] * 8, owner=owner)
+        try:
+            registry.claim(row, quota)
+        except AdmissionError:
+            continue
+        won.append(row.key)
+        rows = registry.rows()
+        assert len(rows) <= (quota.max_sandboxes or 1000)
+        assert sum(other.key == row.key for other in rows) <= (quota.max_per_user or 1000)
+        if not keep:
+            assert registry.release(row.key, row.service_id, row.run_id)
+    return won
+
+
+@pytest.mark.parametrize(
+    ("quota", "keep"),
+    [
+        (Quota(max_sandboxes=37), True),
+        (Quota(max_per_user=23), True),
+        (Quota(max_sandboxes=5, max_per_user=3), False),
+        (Quota(starts_per_minute=41), False),
+        (Quota(31, 20, 50), True),
+    ],
+    ids=str,
+)
+def test_threads_and_processes_together_keep_to_a_quota(
+    path: Path, timed: Registry, other: UserRow, quota: Quota, keep: bool
+) -> None:
+    script = """
+import json, sys
+from pathlib import Path
+from tests.test_registry import Clock, Quota, Registry, claim_all
+with Registry(Path(sys.argv[1]), clock=Clock()) as registry:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(json.dumps(claim_all(registry, "process", Quota(*json.loads(sys.argv[2])), keep=sys.argv[3] == "True")))
+"""
+    child = started(script, str(path), json.dumps(quota), str(keep))
+    together = threading.Barrier(7, timeout=20)
+    with ExitStack() as stack:
+        # Some threads with a connection of their own, as the event loop has, some with one that they share.
+        own = [stack.enter_context(Registry(path, clock=Clock())) for _ in range(3)]
+
+        def work(registry: Registry, owner: str) -> list[str]:
+            together.wait()
+            return claim_all(registry, owner, quota, keep=keep)
+
+        pool = stack.enter_context(ThreadPoolExecutor(6))
+        threads = [pool.submit(work, one, f"thread{n}") for n, one in enumerate([*own, timed, timed, timed])]
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        together.wait()
+        keys = json.loads(finished(child)) + [key for thread in threads for key in thread.result()]
+    won = {key: keys.count(key) for key in ("aaaaaaaa", "bbbbbbbb")}
+    if quota.starts_per_minute is not None:
+        assert all(count <= quota.starts_per_minute for count in won.values())
+    if not keep:
+        assert timed.rows() == []
+        if quota.starts_per_minute is not None:
+            assert won == dict.fromkeys(won, quota.starts_per_minute)
+        return
+    assert won == {key: len(timed.rows(key=key)) for key in won}
+    if quota.max_sandboxes is not None:
+        assert sum(won.values()) == quota.max_sandboxes
+    else:
+        assert won == dict.fromkeys(won, quota.max_per_user)
 
 
 def test_threads_and_processes_claim_a_service_once(path: Path, registry: Registry, ready: UserRow) -> None:
@@ -460,6 +1029,18 @@ def test_one_that_does_not_wait_says_that_others_write(path: Path, registry: Reg
         quick.claim(sandbox_row(key=ready.key))
         assert registry.row(ready.key, "api") == sandbox_row(key=ready.key)
         assert quick.release(ready.key, "api", "r1")
+
+
+def test_one_that_does_not_wait_keeps_to_quotas_too(path: Path, registry: Registry, ready: UserRow) -> None:
+    quota = Quota(5, 5, 2)
+    with Registry(path, waits=False, clock=Clock()) as quick:
+        with sqlite3.connect(path) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(BusyError):
+                quick.claim(sandbox_row(), quota)
+            other.rollback()
+        other.close()
+        assert [start(quick, 2), start(quick, 2), start(quick, 2)] == [0.0, 0.0, 30.0]
 
 
 def test_checkpoints_keep_the_log_of_one_that_does_not_wait_short(

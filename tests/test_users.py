@@ -23,7 +23,7 @@ import pytest
 from pactown_runner.config import Settings
 from pactown_runner.errors import AccountError, NotFoundError, SpecError, StateError
 from pactown_runner.models import IsolatedUser
-from pactown_runner.registry import Registry, SandboxRow
+from pactown_runner.registry import Registry, SandboxRow, UserRow
 from pactown_runner.users import Users, keys_of
 from tests import hostguard, hostsweep
 
@@ -59,7 +59,7 @@ class State:
         self.registry = Registry(self.settings.state_dir / "registry.db")
         self.users = Users(self.settings, self.registry)
 
-    def run(self, source: str, *arguments: str) -> subprocess.Popen[str]:
+    def run(self, source: str, *arguments: str, stderr: int | None = None) -> subprocess.Popen[str]:
         """A process of its own that has `users` of the same state, and waits for a line before it goes on."""
         (first, last) = self.settings.uid_ranges[0]
         return subprocess.Popen(
@@ -67,6 +67,7 @@ class State:
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
 
@@ -424,6 +425,62 @@ for number in range(25):
 print(json.dumps(made))
 registry.close()
 """
+
+
+PRETEND = """
+from itertools import count
+from pactown_runner import users as module
+from pactown_runner.errors import AccountError
+
+class Pretended(accounts.Accounts):
+    def create(self, row): pass
+    def clashes(self, row): return False
+    def verify(self, user): pass
+
+module.make_home = lambda *arguments: None
+users._accounts = Pretended(base, settings.uid_ranges, registry.state_id, etc=base)  # with a lock of its own
+made = {}
+try:
+    for number in count():
+        for saas_user_id in (f"{sys.argv[4]} {number}", f"shared {number}"):
+            user = users.get_or_create(saas_user_id)
+            made[saas_user_id] = [user.linux_username, user.linux_uid]
+except AccountError as error:
+    print(error, file=sys.stderr)
+print(json.dumps(made))
+registry.close()
+"""
+"""Users without accounts, until there is no uid left."""
+
+
+@pytest.mark.host
+def test_a_range_is_used_up_to_the_last_uid_and_none_twice(users_base: Path) -> None:
+    first, last = 1_000_000, 1_000_299  # nobody has these, nor gets them
+    settings = Settings(users_base=users_base, state_dir=users_base / ".state", uid_ranges=((first, last),))
+    with Registry(settings.state_dir / "registry.db") as registry:
+        state = State(settings, registry, Users(settings, registry))
+        reaped = UserRow(
+            saas_id="reaped",
+            key="x",
+            username="pactown_x",
+            uid=first + 100,
+            gid=first + 100,
+            home=Path("/x"),
+            created_at=0,
+        )
+        registry.add_user(reaped)  # what is below it is a gap
+        children = [state.run(PRETEND, name, stderr=subprocess.PIPE) for name in ("one", "two")]
+        with ThreadPoolExecutor(2) as pool:
+            outputs = list(pool.map(lambda child: child.communicate("\n", timeout=120), children))
+        assert [child.returncode for child in children] == [0, 0]
+        assert [error.startswith("no uid is free in 1000000-1000299 (widen") for _, error in outputs] == [True, True]
+        one, two = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
+        shared = one.keys() & two.keys()
+        assert {name: one[name] for name in shared} == {name: two[name] for name in shared}
+        made = {**one, **two}
+        assert sorted(uid for _, uid in made.values()) == [uid for uid in range(first, last + 1) if uid != reaped.uid]
+        assert len({name for name, _ in made.values()}) == len(made) == 299
+        assert len(registry.users()) == 300
 
 
 def complaints(names: list[str]) -> list[str]:
