@@ -118,6 +118,19 @@ def test_the_hosts_file_is_read_if_it_is_there(tmp_path: Path) -> None:
         ("archive_max_entries = 0", "archive_max_entries"),
         ("archive_max_depth = 0", "archive_max_depth"),
         ("archive_max_ratio = 0", "archive_max_ratio"),
+        ("max_sandboxes = -1", "max_sandboxes must be a whole number, 0 or more"),
+        ("max_sandboxes = 'many'", "max_sandboxes"),
+        ("max_sandboxes_per_user = -1", "max_sandboxes_per_user"),
+        ("max_sandboxes_per_user = []", "max_sandboxes_per_user"),
+        ("starts_per_minute = 0", "starts_per_minute must be a number above 0"),
+        ("starts_per_minute = -1", "starts_per_minute"),
+        ("starts_per_minute = inf", "starts_per_minute"),
+        ("starts_per_minute = nan", "starts_per_minute"),
+        ("starts_per_minute = 'often'", "starts_per_minute"),
+        ("memory_reserve = -1", "memory_reserve"),
+        ("memory_reserve = 1.5", "memory_reserve"),
+        ("memory_reserve = 'max'", "memory_reserve"),
+        ("memory_reserve = 'none'", "memory_reserve"),  # 0 says that
         ("not toml", "cannot be read"),
     ],
 )
@@ -127,10 +140,44 @@ def test_what_cannot_be_is_refused_by_name(toml: Path, text: str, says: str) -> 
         Settings.load(config=toml, environ={})
 
 
+def admission_of(settings: Settings) -> tuple[int | None, int | None, float | None, int]:
+    return (
+        settings.max_sandboxes,
+        settings.max_sandboxes_per_user,
+        settings.starts_per_minute,
+        settings.memory_reserve,
+    )
+
+
+def test_nothing_but_some_memory_for_the_host_is_kept_from_tenants_by_default() -> None:
+    assert admission_of(Settings.load(environ={})) == (None, None, None, 64 << 20)
+
+
+def test_how_much_may_run_is_said_by_file_and_environment(toml: Path) -> None:
+    toml.write_text(
+        'max_sandboxes = 1000\nmax_sandboxes_per_user = 0\nstarts_per_minute = 7.5\nmemory_reserve = "1.5G"'
+    )
+    assert admission_of(Settings.load(config=toml, environ={})) == (1000, 0, 7.5, 3 << 29)
+    environ = {
+        "PACTOWN_MAX_SANDBOXES": "none",
+        "PACTOWN_MAX_SANDBOXES_PER_USER": "20",
+        "PACTOWN_STARTS_PER_MINUTE": "none",
+        "PACTOWN_MEMORY_RESERVE": "0",
+    }
+    assert admission_of(Settings.load(config=toml, environ=environ)) == (None, 20, None, 0)
+    toml.write_text('max_sandboxes = "none"\nstarts_per_minute = "none"\nmemory_reserve = 4096')
+    assert admission_of(Settings.load(config=toml, environ={})) == (None, None, None, 4096)
+    assert admission_of(Settings.load(config=toml, environ={}, max_sandboxes=3))[0] == 3
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("STOP_GRACE", "x"),
+        ("MAX_SANDBOXES", "x"),
+        ("MAX_SANDBOXES_PER_USER", "2.5"),
+        ("STARTS_PER_MINUTE", "one"),
+        ("MEMORY_RESERVE", "none"),
         ("UID_RANGES", "5"),
         ("UID_RANGES", "a-b"),
         ("DEFAULT_LIMITS", "memory_max"),

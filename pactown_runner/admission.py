@@ -1,0 +1,134 @@
+"""What one supervisor has room for: the host's memory and its own descriptors. What tenants may claim is a `Quota`.
+
+Caps on sandboxes and start rates are the registry's to check, together with the claim: all processes of a state share
+them. What is here is about this host and this process, takes microseconds, and belongs on the event loop just before a
+sandbox is made.
+
+**Memory.** A sandbox is let in while the host has what that one may take, its `memory_max`, and `memory_reserve` beyond
+it. Where it has no `memory_max`, the reserve alone must be there. What the others may yet take is not added up: most
+never take it, and a sum would leave hosts idle. So limits may be overcommitted, and the reserve is what keeps the host,
+and the supervisor, out of the kernel's choice whom to kill. Who wants the sum held caps it: `memory_max` in
+`tenant_limits`, and `max_sandboxes`. A `memory_reserve` of 0 says not to look at memory at all.
+
+**Descriptors.** One that is missing half-way through a start, or an end, costs more than a refusal. So a sandbox is let
+in while there are enough for all that it may ever come to hold, and as many for each that runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import time
+
+import psutil
+
+from cgroups import Limits
+
+from .config import Settings
+from .errors import AdmissionError
+from .registry import Quota
+from .specs import SandboxSpec
+
+__all__ = ["DESCRIPTORS_EACH", "DESCRIPTORS_SPARE", "MEMORY_AGE", "Admission", "raise_descriptor_limit"]
+
+DESCRIPTORS_EACH = 12
+"""The most that a sandbox holds: 4 while it is idle, 3 more when it prints, one each for its standard input and for its
+memory events, and 3 for its tenant's pressure. For the milliseconds of a start it is 10."""
+
+DESCRIPTORS_SPARE = 64
+"""For the rest of the process: jobs, readers of logs, what the host program opens after this was made."""
+
+MEMORY_AGE = 0.25
+"""Seconds for which a reading of the host's memory is good: it costs 20 to 100 microseconds."""
+
+
+class Admission:
+    """Says whether one more sandbox fits on this host and into this process. For one event loop.
+
+    Attributes:
+        quota: what a tenant's own starts may claim, for `Registry.claim` and `register`; None where nothing is capped.
+        caps: the same for what starts by itself, such as services that come back: it costs no tenant a start.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        caps = Quota(settings.max_sandboxes, settings.max_sandboxes_per_user)
+        quota = caps._replace(starts_per_minute=settings.starts_per_minute)
+        self.quota = None if quota == Quota() else quota
+        self.caps = None if caps == Quota() else caps
+        self._reserve = settings.memory_reserve
+        self._default_limits = settings.default_limits
+        self._tenant_most = _memory_max(settings.tenant_limits)
+        self._available = 0
+        self._read_at = float("-inf")
+        # What is there besides sandboxes. Listed once: it costs microseconds each.
+        self._others = len(os.listdir("/proc/self/fd"))
+
+    def check(self, spec: SandboxSpec, running: int) -> None:
+        """See whether one more fits.
+
+        Args:
+            spec: what is to be started.
+            running: how many sandboxes this process has, those that are starting or ending with them.
+
+        Raises:
+            AdmissionError: it does not, now.
+        """
+        self._check_descriptors(spec, running)
+        if self._reserve:
+            self._check_memory(spec)
+
+    def _check_descriptors(self, spec: SandboxSpec, running: int) -> None:
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # The kernel's own count knows what the host program has opened since. Before Linux 6.2 it is 0.
+        open_now = os.stat("/proc/self/fd").st_size
+        needed = max(self._others + running * DESCRIPTORS_EACH, open_now) + DESCRIPTORS_EACH + DESCRIPTORS_SPARE
+        if needed > most:
+            raise AdmissionError(
+                f"cannot start {spec.service_id!r}: {running} sandboxes run here, and {most} descriptors, of which "
+                f"{open_now or self._others} are in use, are not enough for another",
+                limit="descriptors",
+                remedy="stop others, or raise LimitNOFILE= of the supervisor's unit (`ulimit -n`)",
+            )
+
+    def _check_memory(self, spec: SandboxSpec) -> None:
+        limits = self._default_limits if spec.limits is None else spec.limits
+        # It cannot take more than all of its tenant's together.
+        asked = [most for most in (_memory_max(limits), self._tenant_most) if most is not None]
+        most = min(asked, default=0)
+        if (available := self._memory_available()) < most + self._reserve:
+            wanted = f", and it may take {_mib(most)}" if most else ""
+            raise AdmissionError(
+                f"cannot start {spec.service_id!r}: this host has {_mib(available)} of memory available, of which "
+                f"{_mib(self._reserve)} are reserved{wanted}",
+                limit="memory_reserve",
+                remedy="stop others, or lower its memory_max, or memory_reserve in the settings",
+            )
+
+    def _memory_available(self) -> int:
+        now = time.monotonic()
+        if now - self._read_at >= MEMORY_AGE:
+            self._available, self._read_at = psutil.virtual_memory().available, now
+        return self._available
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process have as many descriptors as it ever may: its soft limit becomes the hard one. Returns that.
+
+    The launcher gives tenants limits of their own. What the host program starts itself inherits it, and what in it
+    still uses select(2) cannot watch descriptors from 1,024 on.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        # Refused where the hard limit is above what /proc/sys/fs/nr_open allows by now.
+        with contextlib.suppress(ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.0f} MiB"
+
+
+def _memory_max(limits: Limits) -> int | None:
+    return limits.memory_max if isinstance(limits.memory_max, int) else None
