@@ -29,8 +29,19 @@ __all__ = ["Child", "LeftOut", "Said", "child", "find_python"]
 
 Program = Literal["packing", "extracting", "emptying"]
 
-_MODULES = ("wire", "blocks", "manifest", "looking", "unpressing", "packing", "extracting", "emptying")
-"""Each behind those that it imports."""
+_MODULES: Mapping[Program, tuple[str, ...]] = {
+    "packing": ("wire", "blocks", "manifest", "looking", "packing"),
+    "extracting": ("wire", "blocks", "manifest", "unpressing", "extracting"),
+    "emptying": ("wire", "looking", "emptying"),
+}
+"""Each module behind those that it imports."""
+
+_NUMBERS: Mapping[Program, set[str]] = {
+    "packing": {"entries", "files", "bytes", "skipped"},
+    "extracting": {"entries", "files", "bytes", "skipped", "verified"},
+    "emptying": {"left"},
+}
+"""What each has to say when it is done."""
 
 _USUAL_PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3")
 
@@ -108,7 +119,7 @@ class Child:
                 if numbers is not None:
                     raise ValueError("it goes on behind its end")
                 if kind == wire.DONE:
-                    numbers = _numbers(payload)
+                    numbers = _numbers(payload, _NUMBERS[self._program])
                 elif kind == wire.SKIPPED and len(left_out) < wire.MAX_SKIPPED:
                     left_out.append(_left_out(payload))
                 elif kind == wire.DATA and on_data is not None:
@@ -187,7 +198,7 @@ def find_python() -> str:
 def program_text(program: Program) -> bytes:
     """The source of one of the programs, with all that it imports of `inside`."""
     sources = Path(__file__).with_name("inside")
-    lines = [f"load({name!r}, {sources.joinpath(f'{name}.py').read_text('utf-8')!r})" for name in _MODULES]
+    lines = [f"load({name!r}, {sources.joinpath(f'{name}.py').read_text('utf-8')!r})" for name in _MODULES[program]]
     return "\n".join([_LOAD, *lines, f"inside.{program}.serve(json.loads(sys.stdin.buffer.readline()))"]).encode()
 
 
@@ -202,9 +213,11 @@ def _open_to_all(path: str) -> bool:
     return passable and found.st_mode & wanted == wanted
 
 
-def _numbers(payload: bytes) -> dict[str, int]:
+def _numbers(payload: bytes, names: set[str]) -> dict[str, int]:
     values = json.loads(payload)
-    if not isinstance(values, dict) or not all(isinstance(value, int) for value in values.values()):
+    if not isinstance(values, dict) or values.keys() != names:
+        raise ValueError("its summary is malformed")
+    if not all(isinstance(value, int) and value >= 0 for value in values.values()):
         raise ValueError("its summary is malformed")
     return values
 

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import RunnerError
@@ -73,15 +73,27 @@ def swap(user: IsolatedUser, fresh: Path) -> None:
 def remove_home(host: Host, user: IsolatedUser, path: Path, *, python: Path | None = None) -> bool:
     """Empty what was once a home or was to become one, as the tenant, and remove it. False if it is left."""
     try:
+        if _removed(path):
+            return True
         with child(host, user, "emptying", path, python=python, timeout=REMOVAL_TIMEOUT, stop=Stop()) as emptier:
             emptier.begin({})
-            emptier.take()
-        with _opened(path.parent) as base:
-            os.rmdir(path.name, dir_fd=base)
-    except FileNotFoundError:
-        pass
+            left = emptier.take().numbers["left"]
     except (RunnerError, OSError) as error:
         _log.error("cannot remove %s yet: %s", path, error)
+        return False
+    if _removed(path):
+        return True
+    _log.error("cannot remove %s: %d things in it are not the tenant's", path, left)
+    return False
+
+
+def _removed(path: Path) -> bool:
+    """Remove a folder if nothing is in it; whether it is gone."""
+    try:
+        path.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
         return False
     return True
 
@@ -101,16 +113,11 @@ def sweep_fresh_homes(host: Host) -> None:
 
 
 def _sweep(host: Host, saas_user_id: str, path: Path) -> None:
-    with suppress(OSError):
-        # What was made and not given away yet.
-        path.rmdir()
-    if not path.exists():
-        return
     user = host.users.get(saas_user_id)
-    if user is None:
-        _log.error("cannot remove %s: it belongs to no user any more", path)
-    else:
+    if user is not None:
         remove_home(host, user, path)
+    elif not _removed(path):
+        _log.error("cannot remove %s: it belongs to no user any more", path)
 
 
 @contextmanager
