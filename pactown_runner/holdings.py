@@ -37,8 +37,9 @@ __all__ = ["Claiming", "Holdings", "Run", "ask_to_end", "kill_rest"]
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-Claiming = Literal["claim", "register", "held"]
-"""How a run comes by its name: it claims it; it registers the service too, which is then to come back; it has it."""
+Claiming = Literal["claim", "register", "return", "held"]
+"""How a run comes by its name. It claims it, because somebody starts it; it registers the service as well, which then
+comes back; it claims it because it comes back, which no start rate limits; or it has it."""
 
 KNOWN_USERS = 10_000
 """So many users are remembered, a few hundred bytes each."""
@@ -95,8 +96,14 @@ class Holdings:
         Raises:
             RunnerError, CgroupError, OSError: something cannot be had.
         """
+        held = None
         # What is registered is on the disk before it runs, and the disk is waited for in a thread.
-        held = None if claiming == "register" else cls._take_at_once(host, run, claiming, feed)
+        if claiming != "register":
+            try:
+                held = cls._take_at_once(host, run, claiming, feed)
+            except ExistsError:
+                # A cgroup of that name has to be ended first. As a start it has been counted.
+                claiming = "return" if claiming == "claim" else claiming
         return await host.in_thread(cls._take_patiently, host, run, claiming, feed) if held is None else held
 
     @classmethod
@@ -106,16 +113,15 @@ class Holdings:
 
     @classmethod
     def _take_at_once(cls, host: LoopHost, run: Run, claiming: Claiming, feed: LogFeed) -> Self | None:
-        """Take all, if nothing has to be waited for."""
+        """Take all, if nothing has to be waited for. Raises `ExistsError` as well."""
         user = host.known.get(run.spec.user_id)
         if user is None or not host.tree.has_slice(user.key):
             return None
         try:
             host.users.verify(user)
             return cls(host, run, user, feed)._take(host.quick, claiming)
-        except (AccountError, BusyError, ExistsError, NotFoundError):
-            # Perhaps a cgroup of that name has to be ended first, or the user was removed meanwhile. The long way does
-            # the one, and makes the other anew or says what is wrong.
+        except (AccountError, BusyError, NotFoundError):
+            # Perhaps the user was removed meanwhile. The long way makes it anew or says what is wrong.
             return None
 
     @classmethod
@@ -155,11 +161,12 @@ class Holdings:
             cgroup=host.tree.path + self.place,
             created_at=run.started_at,
         )
+        admission = host.admission
         if claiming == "register":
-            registry.register(row)
+            registry.register(row, admission.quota)
             undo.callback(registry.forget, row.key, row.service_id)
         else:
-            registry.claim(row)
+            registry.claim(row, admission.caps if claiming == "return" else admission.quota)
         undo.callback(host.release, self.claim)
 
     @classmethod

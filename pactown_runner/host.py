@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar, TypeVarTuple
 
+from .admission import Admission
 from .config import Settings
 from .errors import RegistryError
 from .events import EventBus
@@ -71,6 +72,7 @@ class LoopHost(Host):
     """The registry without waiting, for the event loop: what cannot be had at once is left to a thread."""
     events: EventBus
     monitor: Monitor
+    admission: Admission
 
     async def release_soon(self, claim: Claim) -> None:
         """As `release`, from the loop: at once as a rule, in a thread where the registry has to be waited for."""

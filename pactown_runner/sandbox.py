@@ -409,7 +409,9 @@ class Sandbox:
     def _first_claiming(self) -> Claiming | None:
         if self._beginning == "adopt":
             return None
-        return "register" if self._registered and self._beginning == "new" else "claim"
+        if self._beginning == "return":
+            return "return"
+        return "register" if self._registered else "claim"
 
     async def _claim_again(self) -> Claiming:
         """Make the claim the next run's."""

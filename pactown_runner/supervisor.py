@@ -16,6 +16,7 @@ from typing import Literal, Self
 import anyio
 from anyio import to_thread
 
+from .admission import Admission, raise_descriptor_limit
 from .config import Settings
 from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError, TreeError
 from .events import EventBus, EventReader
@@ -134,6 +135,9 @@ class Supervisor:
             held.callback(tree.close)
             threads = held.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="pactown"))
             self._held.push(held.pop_all())
+        raise_descriptor_limit()
+        admission = Admission(settings)
+        registry.index_for(admission.quota)
         events = EventBus(settings.event_buffer)
         return LoopHost(
             settings=settings,
@@ -146,6 +150,7 @@ class Supervisor:
             quick=quick,
             events=events,
             monitor=Monitor(tree, events, settings, threads),
+            admission=admission,
         )
 
     async def _close(self) -> None:
@@ -220,6 +225,7 @@ class Supervisor:
         Raises:
             StartError: the program could not be started; nothing is left of it.
             AlreadyRunningError: this user's service runs, here or under another owner.
+            AdmissionError: a cap is reached, the user has started too much of late, or this host has no room for it.
             LimitsError: a limit cannot be enforced on this host.
             AccountError: the user's account could not be made, or is not what it was.
         """
@@ -302,6 +308,7 @@ class Supervisor:
                 raise AlreadyRunningError(f"service {spec.service_id!r} of user {spec.user_id!r} runs already")
             # Somebody tries anew, with another command perhaps.
             await there.end()
+        self._host.admission.check(spec, len(self._sandboxes))
         run = Run(spec, kind, secrets.token_hex(8), time.time())
         sandbox = self._watch_over(Sandbox(self._host, run, self._forget))
         try:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cgroups import FormatError, Limits, find_mount
-from pactown_runner import Sandbox, SandboxSpec, Settings, Supervisor
+from pactown_runner import Sandbox, SandboxSpec, Settings, Supervisor, admission
 from pactown_runner.errors import LimitsError, NotFoundError, RunnerError, SpecError, StartError, StateError
 from tests.supervising import (
     USER,
@@ -526,8 +526,11 @@ def test_a_limit_that_can_never_be_right_is_no_limit() -> None:
 
 
 async def test_too_few_descriptors_are_a_failed_start_and_leave_nothing(
-    supervisor: Supervisor, settings: Settings
+    supervisor: Supervisor, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What is refused beforehand, as it should be, never gets so far.
+    monkeypatch.setattr(admission, "DESCRIPTORS_EACH", 0)
+    monkeypatch.setattr(admission, "DESCRIPTORS_SPARE", 0)
     await supervisor.run(spec(["true"]))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
