@@ -39,24 +39,18 @@ class Emptier:
         return {"left": len(self._left)}
 
     def _remove(self, name: bytes) -> None:
+        if _removed(name, self._top):
+            return
+        folder = _open_writable(name, self._top)
         try:
-            os.unlink(name, dir_fd=self._top)
-        except IsADirectoryError:
-            folder = _open_writable(name, self._top)
-            try:
-                for below in _names(folder):
-                    self._remove_or_move(below, folder)
-            finally:
-                os.close(folder)
-            os.rmdir(name, dir_fd=self._top)
-
-    def _remove_or_move(self, name: bytes, folder: int) -> None:
-        try:
-            os.unlink(name, dir_fd=folder)
-        except IsADirectoryError:
-            # Moving a folder writes to it, its `..`.
-            os.close(_open_writable(name, folder))
-            self._move_up(name, folder)
+            for below in _names(folder):
+                if not _removed(below, folder):
+                    # Moving a folder writes to it, its `..`.
+                    os.close(_open_writable(below, folder))
+                    self._move_up(below, folder)
+        finally:
+            os.close(folder)
+        os.rmdir(name, dir_fd=self._top)
 
     def _move_up(self, name: bytes, folder: int) -> None:
         while True:
@@ -72,6 +66,20 @@ class Emptier:
 
 def _names(folder: int) -> list[bytes]:
     return [os.fsencode(name) for name in os.listdir(folder)]
+
+
+def _removed(name: bytes, folder: int) -> bool:
+    """Remove what is no folder, or an empty one; False for others."""
+    try:
+        os.unlink(name, dir_fd=folder)
+    except IsADirectoryError:
+        try:
+            os.rmdir(name, dir_fd=folder)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+            return False
+    return True
 
 
 def _open_writable(name: bytes, parent: int) -> int:
