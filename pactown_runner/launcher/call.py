@@ -36,6 +36,11 @@ def launcher_path() -> Path:
 class Call:
     """One call of the launcher: what it is executed with, and the pipe that it answers through.
 
+    Args:
+        spec: what is to be executed.
+        cgroup_fd: the directory of the leaf to be born in; None places nowhere.
+        member: a pidfd. The spec's namespaces are those of this process, and not new ones.
+
     Attributes:
         argv: the launcher's own words. The program's are in the spec.
         pass_fds: what it inherits beyond 0, 1 and 2.
@@ -48,7 +53,7 @@ class Call:
         StartError: from the constructor: no descriptor is left.
     """
 
-    def __init__(self, spec: LaunchSpec, cgroup_fd: int | None) -> None:
+    def __init__(self, spec: LaunchSpec, cgroup_fd: int | None, member: int | None = None) -> None:
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
             raise LauncherError(
                 "SIGCHLD is ignored in this process, so that children cannot be waited for",
@@ -71,7 +76,10 @@ class Call:
         if cgroup_fd is not None:
             self.pass_fds += (cgroup_fd,)
             cgroup = str(cgroup_fd)
-        self.argv = (path, str(self._spec_fd), str(self._status_write), cgroup)
+        self.argv: tuple[str, ...] = (path, str(self._spec_fd), str(self._status_write), cgroup)
+        if member is not None:
+            self.pass_fds += (member,)
+            self.argv += (str(member),)
 
     def started(self) -> None:
         """Close what only the launcher needs, or the end of the pipe would never be seen."""

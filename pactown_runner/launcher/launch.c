@@ -6,7 +6,7 @@
  *
  *     supervisor (root) --vfork+execve--> launch, parent half (root) --clone3--> launch, child half --execve--> program
  *
- *     launch <spec_fd> <status_fd> <cgroup_fd | -1>
+ *     launch <spec_fd> <status_fd> <cgroup_fd | -1> [<member_fd>]
  *
  * Who runs as whom. The parent half runs as the supervisor and does nothing but read the spec, make one child
  * and exit. The child is made with CLONE_PARENT: it is the supervisor's own child, which the supervisor waits
@@ -22,9 +22,10 @@
  *   - what holds is read back from the kernel last, when nothing is left to change, and only then reported.
  *
  * Which descriptors. 0, 1 and 2 are the program's own and are not touched. `spec_fd` is a memfd with the spec
- * (see `struct spec`), `status_fd` the write end of a pipe, `cgroup_fd` the leaf's directory. All three, and
- * whatever else was inherited, become close-on-exec before the program is executed: it gets 0, 1, 2 and no
- * others.
+ * (see `struct spec`), `status_fd` the write end of a pipe, `cgroup_fd` the leaf's directory, `member_fd` a
+ * pidfd of a process whose namespaces are joined, where the spec asks for some, instead of new ones. All of
+ * them, and whatever else was inherited, become close-on-exec before the program is executed: it gets 0, 1, 2
+ * and no others.
  *
  * What is reported. Records on `status_fd`, each one write of at most PIPE_BUF bytes, hence atomic; the two
  * halves write independently, so PID may come after REPORT.
@@ -199,7 +200,7 @@ struct launch {
 	char *directories;
 	char **argv, **env;
 	char *path;
-	s32 status_fd, cgroup_fd;
+	s32 status_fd, cgroup_fd, member_fd;
 	s32 pid;
 	enum placement placement;
 	s32 keyring_error;
@@ -503,16 +504,22 @@ static void set_rlimits(const struct launch *launch)
 	}
 }
 
-static void unshare_namespaces(const struct launch *launch)
+static void enter_namespaces(const struct launch *launch)
 {
 	u32 flags = launch->spec->flags;
-	unsigned long unshare = 0;
-	unshare |= flags & FLAG_NEW_NET ? CLONE_NEWNET : 0;
-	unshare |= flags & FLAG_NEW_IPC ? CLONE_NEWIPC : 0;
-	unshare |= flags & FLAG_NEW_UTS ? CLONE_NEWUTS : 0;
-	if (!unshare)
+	unsigned long wanted = 0;
+	wanted |= flags & FLAG_NEW_NET ? CLONE_NEWNET : 0;
+	wanted |= flags & FLAG_NEW_IPC ? CLONE_NEWIPC : 0;
+	wanted |= flags & FLAG_NEW_UTS ? CLONE_NEWUTS : 0;
+	if (!wanted)
 		return;
-	must(launch, STEP_NAMESPACES, call1(unshare, unshare));
+	if (launch->member_fd >= 0) {
+		/* All of them or none, setns(2). They are never the host's: a tenant's process leaves those that it
+		 * was born in for none but such as it made itself. */
+		must(launch, STEP_NAMESPACES, call2(setns, launch->member_fd, wanted));
+		return;
+	}
+	must(launch, STEP_NAMESPACES, call1(unshare, wanted));
 	if (!(flags & FLAG_NEW_NET))
 		return;
 	/* A new network namespace has a loopback device that is down: without it 127.0.0.1 is unreachable. */
@@ -772,7 +779,7 @@ static _Noreturn void child_half(struct launch *launch)
 	reset_priority(launch);
 	set_oom_score_adj(launch);
 	set_rlimits(launch);
-	unshare_namespaces(launch);
+	enter_namespaces(launch);
 	drop_bounding(launch);
 	drop_ids(launch);
 	drop_capabilities(launch);
@@ -809,12 +816,14 @@ _Noreturn void launch_main(const long *stack)
 	char **arguments = (char **)(stack + 1);
 	struct launch launch = { 0 };
 	s32 spec_fd;
-	if (stack[0] != 4)
+	if (stack[0] != 4 && stack[0] != 5)
 		leave(126);
 	spec_fd = number_from(arguments[1]);
 	launch.status_fd = number_from(arguments[2]);
 	launch.cgroup_fd = number_from(arguments[3]);
-	if (spec_fd < 3 || launch.status_fd < 3 || (launch.cgroup_fd != -1 && launch.cgroup_fd < 3))
+	launch.member_fd = stack[0] == 5 ? number_from(arguments[4]) : -1;
+	if (spec_fd < 3 || launch.status_fd < 3 || (launch.cgroup_fd != -1 && launch.cgroup_fd < 3) ||
+	    (launch.member_fd != -1 && launch.member_fd < 3))
 		leave(126);
 	read_spec(&launch, spec_fd);
 

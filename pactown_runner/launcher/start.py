@@ -17,6 +17,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from asyncio.base_events import BaseEventLoop
 from typing import NamedTuple, TypeVar
 
@@ -30,6 +31,11 @@ from .status import Launched
 __all__ = ["Started", "launch_async", "launch_popen"]
 
 T = TypeVar("T")
+
+REAP_PATIENCE = 1.0
+"""Seconds for the child of a call that is given up to end, killed, and to be reaped."""
+
+_PAUSE = 0.005
 
 
 class Started(NamedTuple):
@@ -122,6 +128,9 @@ async def launch_async(
     stdin: int = subprocess.DEVNULL,
     stdout: int = subprocess.DEVNULL,
     stderr: int = subprocess.DEVNULL,
+    *,
+    member: int | None = None,
+    unreaped: set[int] | None = None,
 ) -> Started:
     """Start a program without blocking the event loop, asyncio's own or uvloop.
 
@@ -129,11 +138,14 @@ async def launch_async(
 
     When cancelled, what was started is killed and reaped before `CancelledError` leaves here; what the program itself
     may have forked by then is the caller's to kill, through the cgroup. A tenant's own processes can stop a start
-    half-way (SIGSTOP between `setresuid` and `execve`), so give it a time limit.
+    half-way (SIGSTOP between `setresuid` and `execve`), so give it a time limit. And as soon as the program has been
+    executed they can trace it, and keep it from being reaped for as long as they like (ptrace(2)).
 
     Args:
         cgroup_fd: the directory of the leaf to be born in; None places nowhere.
         stdin, stdout, stderr: descriptors, or `subprocess.DEVNULL`.
+        member: a pidfd. The spec's namespaces are joined, those of this process, instead of being unshared.
+        unreaped: takes the child of a start that was given up, if it was killed and cannot be reaped yet.
 
     Raises:
         SpecError: see `LaunchSpec.pack`.
@@ -141,7 +153,7 @@ async def launch_async(
         StartError: the program was not executed; nothing of it is left.
     """
     loop = asyncio.get_running_loop()
-    call = Call(spec, cgroup_fd)
+    call = Call(spec, cgroup_fd, member)
     try:
         if _spawns_cheaply(loop):
             launched = await _through_asyncio(call, stdin, stdout, stderr)
@@ -149,7 +161,7 @@ async def launch_async(
             launched = await _through_posix_spawn(call, stdin, stdout, stderr)
         return Started(launched.pid, _pidfd(launched.pid), launched.report)
     except BaseException:
-        await _finish(asyncio.ensure_future(_abandon(call)))
+        await _finish(asyncio.ensure_future(_abandon(call, set() if unreaped is None else unreaped)))
         raise
     finally:
         call.close()
@@ -247,7 +259,7 @@ async def _decided(call: Call) -> None:
     call.read()
 
 
-async def _abandon(call: Call) -> None:
+async def _abandon(call: Call, unreaped: set[int]) -> None:
     """Kill and reap the child of a call that failed or was cancelled, if there is one. The launcher has been reaped."""
     call.started()
     # Once the parent half has ended, the pipe holds the pid of the child, if there is one.
@@ -258,14 +270,19 @@ async def _abandon(call: Call) -> None:
     if not pid:
         return
     _kill_child(pid)
-    # Out of descriptors, the wait is a blocking one: better than a zombie, and short.
-    with contextlib.suppress(OSError):
+    deadline = time.monotonic() + REAP_PATIENCE
+    with contextlib.suppress(OSError, TimeoutError):  # out of descriptors, say
         pidfd = os.pidfd_open(pid)
         try:
-            await readable(pidfd)
+            async with asyncio.timeout(REAP_PATIENCE):
+                await readable(pidfd)
         finally:
             os.close(pidfd)
-    os.waitpid(pid, 0)  # noqa: ASYNC222 - it has ended
+    while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG):  # noqa: ASYNC222 - it does not wait
+        if time.monotonic() > deadline:
+            unreaped.add(pid)
+            return
+        await asyncio.sleep(_PAUSE)
 
 
 async def _finish(work: asyncio.Future[T]) -> T:
