@@ -14,15 +14,16 @@ from .errors import StartError, StateError
 from .exits import reap, reap_foreign
 from .holdings import Holdings
 from .host import LoopHost
-from .launcher import launch_async
+from .launcher import LaunchSpec, Started, launch_async
 from .main_process import Main
 from .models import IsolationReport
 from .outcomes import ExitStatus
+from .pipes import InputPipe, make_pipe
 from .programs import launch_spec
 from .specs import SandboxSpec
 from .waiting import readable
 
-__all__ = ["Program"]
+__all__ = ["Program", "launch_in_time"]
 
 START_TIMEOUT = 30.0
 """Seconds in which the launcher must have executed the program. It takes milliseconds."""
@@ -43,10 +44,18 @@ class Program:
         self.pid = 0
         self.isolation: IsolationReport | None = None
         self._pidfd: int | None = None
-        self._stdin: int | None = None
+        self._stdin: InputPipe | None = None
 
-    async def launch(self, spec: SandboxSpec, held: Holdings) -> None:
+    @property
+    def pidfd(self) -> int | None:
+        """What stands for the process, until `status` or `close`; None if there is none, or it is not known."""
+        return self._pidfd
+
+    async def launch(self, spec: SandboxSpec, held: Holdings, *, unreaped: set[int] | None = None) -> None:
         """Start it in its cgroup.
+
+        Args:
+            unreaped: see `launch_async`.
 
         Raises:
             StartError: it could not be started.
@@ -54,17 +63,11 @@ class Program:
         out, err = held.pump.child_fds
         stdin = asyncio.subprocess.DEVNULL
         if spec.stdin:
-            stdin, self._stdin = os.pipe2(os.O_CLOEXEC)
-            os.set_blocking(self._stdin, False)
-            if os.geteuid() == 0:
-                # For programs that open /dev/stdin again.
-                os.fchown(stdin, held.user.linux_uid, held.user.linux_gid)
+            stdin, ours = make_pipe(held.user.linux_uid, held.user.linux_gid)
+            self._stdin = InputPipe(ours)
         try:
-            async with asyncio.timeout(START_TIMEOUT):
-                started = await launch_async(launch_spec(spec, held.user), held.cgroup.fd, stdin, out, err)
-        except TimeoutError:
-            # The tenant's own processes can stop the launcher's child once it has their uid.
-            raise StartError(f"not executed after {START_TIMEOUT:g} s", step="launcher") from None
+            told = launch_spec(spec, held.user)
+            started = await launch_in_time(told, held.cgroup.fd, stdin, out, err, unreaped=unreaped)
         finally:
             held.pump.close_child_fds()
             if stdin >= 0:
@@ -130,25 +133,30 @@ class Program:
         Raises:
             StateError: it has no open standard input, or has closed it.
         """
-        view = memoryview(data)
-        while True:
-            if self._stdin is None:
-                raise StateError("it has no open standard input", remedy="start it with stdin=True")
-            if not view:
-                return
-            try:
-                view = view[os.write(self._stdin, view) :]
-            except BlockingIOError:
-                # Closed by us meanwhile: the next turn says so.
-                with contextlib.suppress(anyio.ClosedResourceError):
-                    await anyio.wait_writable(self._stdin)
-            except BrokenPipeError as error:
-                raise StateError("the program has closed its standard input") from error
+        if self._stdin is None:
+            raise StateError("it has no open standard input", remedy="start it with stdin=True")
+        await self._stdin.send(data)
 
     def close_stdin(self) -> None:
         """Give it end-of-file on its standard input."""
         if self._stdin is not None:
-            with contextlib.suppress(RuntimeError, anyio.NoEventLoopError):
-                anyio.notify_closing(self._stdin)
-            os.close(self._stdin)
-            self._stdin = None
+            self._stdin.close()
+
+
+async def launch_in_time(
+    spec: LaunchSpec,
+    cgroup_fd: int,
+    stdin: int,
+    stdout: int,
+    stderr: int,
+    *,
+    member: int | None = None,
+    unreaped: set[int] | None = None,
+) -> Started:
+    """As `launch_async`, which a tenant can hold up; after `START_TIMEOUT` seconds it is a `StartError`."""
+    try:
+        async with asyncio.timeout(START_TIMEOUT):
+            return await launch_async(spec, cgroup_fd, stdin, stdout, stderr, member=member, unreaped=unreaped)
+    except TimeoutError:
+        # The tenant's own processes can stop the launcher's child once it has their uid.
+        raise StartError(f"not executed after {START_TIMEOUT:g} s", step="launcher") from None
