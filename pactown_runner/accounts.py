@@ -257,7 +257,10 @@ class Accounts:
         except OSError as error:
             raise AccountError(f"cannot look at the host's accounts: {error}") from error
         found = re.findall(rb"^([^:\n]*):[^:\n]*:0*%d:" % uid, lines, re.MULTILINE)
-        return {pwd.getpwuid(uid).pw_name, *map(os.fsdecode, found)}
+        names = set(map(os.fsdecode, found))
+        with contextlib.suppress(KeyError):
+            names.add(pwd.getpwuid(uid).pw_name)
+        return names
 
     def _stamp(self) -> tuple[int, ...]:
         try:
@@ -265,6 +268,26 @@ class Accounts:
         except OSError as error:
             raise AccountError(f"cannot look at the host's accounts: {error}") from error
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def check_ours(self, row: UserRow) -> None:
+        """See that login, group and uid are what we made, or gone, and nobody else's. Only `lock` keeps it so.
+
+        Raises:
+            AccountError: they are not; so what carries the uid may be somebody else's.
+        """
+        login, group = _login(row.username), _group(row.username)
+        if (login is not None and _identity(login) != self._wanted(row)) or (group and group.gr_gid != row.gid):
+            raise AccountError(
+                f"login {row.username} is {login and _identity(login)}, gid {group and group.gr_gid}, and should be "
+                f"{self._wanted(row)}",
+                remedy="put it back into /etc/passwd and /etc/group as it was; or it is not ours: leave it alone",
+            )
+        others = (self._logins_of(row.uid) | _names_of(row.uid) | _names_of(row.gid)) - {row.username}
+        if others:
+            raise AccountError(
+                f"uid {row.uid} of {row.username} is also that of {', '.join(sorted(others))}",
+                remedy="give that login or group another number",
+            )
 
     def delete(self, row: UserRow) -> None:
         """Delete the login and its group, not the home. Call it under `lock`; calling it again is harmless.

@@ -11,6 +11,7 @@ process, but the last of them may be lost with the power, when nothing that they
 
 from __future__ import annotations
 
+import json
 import operator
 import os
 import sqlite3
@@ -24,7 +25,7 @@ from .database import Database, transaction
 from .errors import AdmissionError, AlreadyRunningError, NotFoundError, RegistryError, StateError
 from .models import IsolatedUser
 
-__all__ = ["ClaimedError", "Kind", "Quota", "Registry", "SandboxRow", "ServiceRow", "UserRow", "UserStatus"]
+__all__ = ["ClaimedError", "Kind", "Quota", "Registry", "Removal", "SandboxRow", "ServiceRow", "UserRow", "UserStatus"]
 
 UserStatus = Literal["creating", "ready", "deleting", "deleted"]
 """`creating` and `deleting`: the account may or may not exist, and whoever comes next finishes the job."""
@@ -93,6 +94,10 @@ _CLAIM = (
     "WHERE EXISTS (SELECT 1 FROM users WHERE key = ? AND status = 'ready')"
 )
 _REGISTER = "INSERT OR REPLACE INTO services VALUES (?, ?, ?, ?)"
+# Only one at a time removes a user, and nothing else is alive of it then.
+_CLAIM_REMOVAL = _CLAIM.replace("'ready'", "'deleting'")
+_PLAN = "removal."
+"""Begins the name in `meta` of what is to become of a removed user's data; the key follows."""
 _FORGET = "DELETE FROM services WHERE key = ? AND service_id = ?"
 _ABSENT = (
     "SELECT key, service_id, spec, created_at FROM services WHERE NOT EXISTS (SELECT 1 FROM sandboxes "
@@ -196,6 +201,19 @@ class Quota(NamedTuple):
 
 _MINUTE = 60_000_000
 """In microseconds, as all of `starts`."""
+
+
+class Removal(NamedTuple):
+    """What becomes of the data of a user who is removed.
+
+    Attributes:
+        delete_home: or the home is kept for the case that the user comes back.
+        delete_logs: or they stay.
+    """
+
+    delete_home: bool = True
+    delete_logs: bool = True
+
 
 _values_of = operator.attrgetter(*(field.name for field in fields(SandboxRow)))
 """A row as the tuple of its columns; their order is that of the table."""
@@ -343,8 +361,11 @@ class Registry:
         """The account is there: `creating` becomes `ready`; durable. Returns the new row."""
         return self._move(row, "ready", "creating")
 
-    def begin_removal(self, row: UserRow) -> UserRow:
+    def begin_removal(self, row: UserRow, removal: Removal | None = None) -> UserRow:
         """Let nothing more start for this user; durable. Returns the new row.
+
+        Args:
+            removal: what is to become of its data, by default all is deleted. Of several calls the last one's holds.
 
         Raises:
             StateError: something is claimed for this user, or the user is deleted.
@@ -353,6 +374,8 @@ class Registry:
             done = db.execute(_BEGIN_REMOVAL, (row.key,)).rowcount == 1
             if done:
                 db.execute("DELETE FROM services WHERE key = ?", (row.key,))
+                plan = json.dumps((removal or Removal())._asdict())
+                db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_PLAN + row.key, plan))
         if not done:
             raise StateError(
                 f"cannot remove user {row.username}: something runs for it, or it is removed already",
@@ -363,6 +386,12 @@ class Registry:
     def tombstone(self, row: UserRow) -> UserRow:
         """The account is gone: `deleting` becomes `deleted`; durable. Its key and uid stay taken."""
         return self._move(row, "deleted", "deleting")
+
+    def removal(self, key: str) -> Removal | None:
+        """What is to become, or became, of the data of the user with this key, as its last removal said."""
+        with self._database as db:
+            found = db.execute("SELECT value FROM meta WHERE name = ?", (_PLAN + key,)).fetchone()
+        return Removal(**json.loads(found[0])) if found else None
 
     def revive(self, row: UserRow, created_at: float) -> UserRow:
         """Give a deleted user's key and uid back to the same id, which is `creating` again; durable."""
@@ -432,9 +461,9 @@ class Registry:
         if quota.starts_per_minute is not None:
             _count_start(db, row, quota.starts_per_minute, int(self._clock() * 1e6))
 
-    def _insert(self, db: sqlite3.Connection, row: SandboxRow) -> None:
+    def _insert(self, db: sqlite3.Connection, row: SandboxRow, statement: str = _CLAIM) -> None:
         try:
-            done = db.execute(_CLAIM, (*_values_of(row), row.key)).rowcount
+            done = db.execute(statement, (*_values_of(row), row.key)).rowcount
         except sqlite3.IntegrityError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
                 raise
@@ -443,6 +472,16 @@ class Registry:
             raise ClaimedError(row, SandboxRow(*found) if found else None) from None
         if done != 1:
             raise NotFoundError(f"cannot start {row.service_id!r}: no user with key {row.key} is ready")
+
+    def claim_removal(self, row: SandboxRow) -> None:
+        """Write down who removes a user whose removal has begun, before anything of it is done.
+
+        Raises:
+            ClaimedError: somebody does already.
+            NotFoundError: there is no such user, or its removal has not begun.
+        """
+        with self._database as db:
+            self._insert(db, row, _CLAIM_REMOVAL)
 
     def forget(self, key: str, service_id: str) -> bool:
         """A registered service is not to come back; durable. False if it was not registered."""

@@ -21,7 +21,7 @@ from .database import exclusive
 from .errors import AccountError, NotFoundError, StateError
 from .home_dirs import make_home
 from .models import IsolatedUser
-from .registry import Registry, UserRow
+from .registry import Registry, Removal, UserRow
 from .specs import check_user_id
 
 __all__ = ["Users", "keys_of"]
@@ -91,17 +91,46 @@ class Users:
                 remedy="run as that user, or name another state directory",
             )
 
-    def begin_removal(self, saas_user_id: str) -> IsolatedUser:
+    def check_ours(self, saas_user_id: str) -> None:
+        """See that whatever carries the user's uid is the user's: what was made is as it was made, or gone.
+
+        Raises:
+            NotFoundError: there is no such user.
+            AccountError: it is not so.
+        """
+        row = self._present(saas_user_id)
+        self._check_mode(row)
+        if self.root_mode:
+            self._accounts.check_ours(row)
+        else:
+            self.verify(row.user())
+
+    def begin_removal(self, saas_user_id: str, removal: Removal | None = None) -> IsolatedUser:
         """Let nothing more start for this user. To be followed by `remove_account`, and to be repeated after a crash.
+
+        Args:
+            removal: what is to become of its data, by default all is deleted; noted for whoever repeats it.
 
         Raises:
             NotFoundError: there is no such user.
             StateError: something of this user's is meant to be alive.
         """
+        return self._registry.begin_removal(self._present(saas_user_id), removal).user()
+
+    def removal(self, user: IsolatedUser) -> Removal:
+        """What is to become of the data of a user whose removal has begun."""
+        return self._registry.removal(user.key) or Removal()
+
+    def _present(self, saas_user_id: str) -> UserRow:
         row = self._registry.user(check_user_id(saas_user_id))
         if row is None or row.status == "deleted":
             raise NotFoundError(f"there is no user {saas_user_id!r}")
-        return self._registry.begin_removal(row).user()
+        return row
+
+    def _check_mode(self, row: UserRow) -> None:
+        if row.virtual == self.root_mode:
+            made = "without root" if row.virtual else "by root"
+            raise AccountError(f"user {row.username} was made {made}", remedy="name another state directory")
 
     def remove_account(self, user: IsolatedUser) -> None:
         """Delete the account of a user whose removal has begun, and leave a tombstone. The home is not touched.
@@ -132,9 +161,7 @@ class Users:
     def _make(self, saas_user_id: str) -> UserRow:
         with self._lock():
             row = self._registry.user(saas_user_id) or self._reserve(saas_user_id)
-            if row.virtual == self.root_mode:
-                made = "without root" if row.virtual else "by root"
-                raise AccountError(f"user {row.username} was made {made}", remedy="name another state directory")
+            self._check_mode(row)
             if row.status == "deleting":
                 raise StateError(
                     f"user {row.username} is being removed",
@@ -143,12 +170,16 @@ class Users:
             if row.status == "deleted":
                 row = self._registry.revive(row, time.time())
             if row.status == "creating":
+                removal = self._registry.removal(row.key)
+                kept = removal is not None and not removal.delete_home
                 if self.root_mode:
                     if self._accounts.clashes(row):
+                        if kept:
+                            self._accounts.check_ours(row)
                         # Since the row was written, before a crash perhaps, somebody else took the login or the uid.
                         row = self._registry.reassign(row, self._choose(saas_user_id))
                     self._accounts.create(row)
-                make_home(self._users_base, row.username, row.uid, row.gid)
+                make_home(self._users_base, row.username, row.uid, row.gid, kept=kept)
                 row = self._registry.mark_ready(row)
             return row
 
