@@ -164,14 +164,18 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class LogRecord:
-    """One line that a sandbox wrote.
+    """One line that a sandbox wrote, or the count of those that its tenant's rate limit dropped.
 
     Attributes:
         ts: seconds since the epoch, when the runner took the line.
-        seq: counts the records of one service from 1, over all its runs.
+        seq: counts the records of one service from 1, over all its runs, without a gap. Where a reader finds one, so
+            many records as numbers are missing were there, and have made room for newer ones before it came to them.
         stream: `stdout` or `stderr`.
         raw: the bytes as written, without the newline.
         partial: the line goes on in the stream's next record, or ended without a newline.
+        dropped_lines: so many lines that end here, in the stream, were dropped.
+        dropped_bytes: all that was dropped here, newlines included: not 0 if this is such a count, though it may be of
+            a part only of one line that is over 64 KiB.
     """
 
     ts: float
@@ -179,16 +183,18 @@ class LogRecord:
     stream: Stream
     raw: bytes
     partial: bool = False
+    dropped_lines: int = 0
+    dropped_bytes: int = 0
 
     @property
     def line(self) -> str:
-        """The line as text; bytes that are not UTF-8 are shown as U+FFFD."""
+        """The line as text; bytes that are not UTF-8 are shown as U+FFFD. Empty where lines were dropped."""
         return self.raw.decode("utf-8", "replace")
 
     @property
     def data(self) -> bytes:
-        """The very bytes that the program wrote, newline included."""
-        return self.raw if self.partial else self.raw + b"\n"
+        """The very bytes that the program wrote, newline included. None where lines were dropped."""
+        return self.raw if self.partial or self.dropped_bytes else self.raw + b"\n"
 
 
 EventKind = Literal[

@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from .errors import LogError
-from .paths import private_directory
-from .records import Position, parse_position, run_mark
+from .files import (
+    FLAGS,
+    begin_anew,
+    ends_of,
+    give_up,
+    head_of,
+    numbers,
+    open_newest,
+    position_of,
+    successor_mark,
+)
+from .lines import after_newline
+from .records import Ends, Head, Position
+from .tenant import TenantLogs
 
-__all__ = ["PREVIOUS", "Journal"]
-
-PREVIOUS = ".1"
-"""Follows the name of a log that is full."""
-
-_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-_STEP = 1 << 16
+__all__ = ["Journal"]
 
 
 class Journal:
     """An append-only file of JSON lines. One write a batch; what is left of a batch goes first.
 
     Args:
-        path: the log. At half the cap it becomes `path` with `PREVIOUS`, in place of the one before, and a new one is
-            begun. Numbers go on, so the first record that is still there tells how many were dropped.
-        cap: the most bytes that both take, but for one batch; None for no end.
+        tenant: whose log it is; its limits say when the file is put aside and a new one begun. Numbers go on, so the
+            first record that is still there tells how many were dropped.
+        service_id: whose, within the tenant.
     """
 
-    __slots__ = ("_cap", "_fd", "_rest", "_size", "path")
+    __slots__ = ("_due", "_ends", "_fd", "_rest", "_run_id", "_service_id", "_size", "_tenant", "path")
 
-    def __init__(self, path: str, cap: int | None) -> None:
-        self.path = path
-        self._cap = cap
+    def __init__(self, tenant: TenantLogs, service_id: str) -> None:
+        self.path = tenant.paths.log(service_id)
+        self._service_id = service_id
+        self._tenant = tenant
+        self._run_id = ""
+        self._ends: Ends = (0, 0)
         self._fd = -1
         self._size = 0
         self._rest = b""
+        self._due = False
 
-    def open(self, run_id: str, *, resumed: bool) -> tuple[int, tuple[int, int]]:
+    def open(self, run_id: str, *, resumed: bool) -> tuple[int, Ends]:
         """Open the log, made if it is missing, and cut off a last line that a crash tore.
 
         Args:
@@ -47,36 +58,39 @@ class Journal:
 
         Raises:
             OSError: it cannot be made, opened or read.
-            LogError: its last line is no record.
+            LogError: its first or last line is no record, or another process keeps it locked.
         """
-        try:
-            self._fd = os.open(self.path, _FLAGS | os.O_CREAT, 0o600)
-        except FileNotFoundError:
-            private_directory(os.path.dirname(self.path))
-            self._fd = os.open(self.path, _FLAGS | os.O_CREAT, 0o600)
+        self._fd = open_newest(self.path)
         try:
             last = _recover(self._fd, self.path)
+            if not last.seq:
+                last = self._look_back()
+            if last.run_id == run_id:
+                self._ends = last.ends
+            elif resumed and (ends := ends_of(self._fd, head_of(self._fd) or Head(), run_id)) is not None:
+                self._ends = ends
+            self._run_id = run_id
             self._size = os.fstat(self._fd).st_size
-            ends = last.ends if last.run_id == run_id else None
-            if resumed and last.seq and ends is None:
-                ends = _last_of(self._fd, run_id)
-            if not last.seq or (resumed and ends is None):
-                last, ends = self._look_back(last, run_id)
         except BaseException:
             self.close()
             raise
-        return last.seq, ends or (0, 0)
+        self._tenant.journals[self.path] = self
+        return last.seq, self._ends
 
-    def _look_back(self, last: Position, run_id: str) -> tuple[Position, tuple[int, int] | None]:
+    def _look_back(self) -> Position:
+        """Go on after the last file that was put aside, where somebody has taken the newest one away."""
+        aside = numbers(self.path)
+        if not aside:
+            return Position()
+        previous = f"{self.path}.{aside[-1]}"
+        fd = os.open(previous, FLAGS)
         try:
-            fd = os.open(self.path + PREVIOUS, _FLAGS)
-        except FileNotFoundError:
-            return last, None
-        try:
-            earlier = _recover(fd, self.path + PREVIOUS)
-            return last if last.seq else earlier, _last_of(fd, run_id)
+            last = _recover(fd, previous)
+            mark, _ = successor_mark(self._tenant.paths, self._service_id, fd, last, {})
         finally:
             os.close(fd)
+        self._replace(mark, aside=None)
+        return last
 
     def write(self, batch: bytes) -> None:
         """Append whole lines.
@@ -84,77 +98,78 @@ class Journal:
         Raises:
             OSError: the disk is full or broken. The batch is kept: `flush` goes on where this write stopped.
         """
-        full = not self._rest and self._cap is not None and self._size >= self._cap // 2
+        if not self._rest:
+            self._tenant.make_room(len(batch))
+            self._due = self._size >= self._tenant.limits.rotate_bytes
         self._rest += batch
-        if full:
-            os.rename(self.path, self.path + PREVIOUS)
-            os.close(self._fd)
-            self._fd = -1
         self.flush()
 
     def flush(self) -> None:
         """Write what a failed `write` left.
 
         Raises:
-            OSError: as `write`.
+            OSError, LogError: as `write`.
         """
-        if self._rest and self._fd < 0:
-            self._fd = os.open(self.path, _FLAGS | os.O_CREAT, 0o600)
-            self._size = 0
+        if self._due and self._rest:
+            self._put_aside()
         while self._rest:
             count = os.write(self._fd, self._rest)
             self._rest = self._rest[count:]
             self._size += count
 
+    def restart(self) -> int:
+        """Drop all that the newest file holds, and begin another; returns how many bytes that freed.
+
+        Raises:
+            OSError, LogError: that cannot be done; nothing is dropped.
+        """
+        if self._rest or not (last := position_of(self._fd)).seq:
+            return 0
+        before = self._size
+        mark, _ = self._mark(last)
+        self._replace(mark, aside=None)
+        return before - self._size
+
+    def _put_aside(self) -> None:
+        keep = self._tenant.limits.keep
+        last = position_of(self._fd)
+        mark, number = self._mark(last)
+        aside = [other for other in numbers(self.path) if other < number]
+        # First, for a disk may be full. Those that are kept are one less with the one that comes.
+        for other in aside[: max(0, len(aside) + 1 - keep)]:
+            with suppress(FileNotFoundError):
+                os.unlink(f"{self.path}.{other}")
+        self._replace(mark, aside=number if keep else None)
+        self._due = False
+
+    def _mark(self, last: Position) -> tuple[bytes, int]:
+        # What this run has in the log is known: unless the last record is its own, there is nothing since `open`.
+        known = {self._run_id: self._ends}
+        return successor_mark(self._tenant.paths, self._service_id, self._fd, last, known)
+
+    def _replace(self, mark: bytes, aside: int | None) -> None:
+        fd = begin_anew(self.path, mark, aside)
+        give_up(self._fd)
+        self._fd = fd
+        self._size = len(mark)
+
     def close(self) -> None:
         """Close it. What was not written is dropped: the spool has it, behind the last whole record."""
         self._rest = b""
+        self._due = False
         if self._fd >= 0:
-            os.close(self._fd)
+            if self._tenant.journals.get(self.path) is self:
+                del self._tenant.journals[self.path]
+            give_up(self._fd)
             self._fd = -1
 
 
 def _recover(fd: int, path: str) -> Position:
     size = os.fstat(fd).st_size
-    end = _after_newline(fd, size)
+    end = after_newline(fd, size)
     if end != size:
         os.ftruncate(fd, end)
-    if end == 0:
-        return Position()
-    begin = _after_newline(fd, end - 1)
     try:
-        return parse_position(os.pread(fd, end - begin, begin))
+        return position_of(fd)
     except LogError as error:
         raise LogError(f"cannot go on with {path}: {error.message}", remedy=error.remedy) from error
-
-
-def _after_newline(fd: int, end: int) -> int:
-    """The offset behind the last newline before offset `end`; 0 if there is none."""
-    while end > 0:
-        begin = max(0, end - _STEP)
-        found = os.pread(fd, end - begin, begin).rfind(b"\n")
-        if found >= 0:
-            return begin + found + 1
-        end = begin
-    return 0
-
-
-def _last_of(fd: int, run_id: str) -> tuple[int, int] | None:
-    """How much of a run's streams is in the log, though others may have written since; None if nothing."""
-    mark = run_mark(run_id)
-    end = os.fstat(fd).st_size
-    while end > 0:
-        begin = max(0, end - _STEP)
-        found = os.pread(fd, end - begin + len(mark), begin).rfind(mark)
-        if found >= 0:
-            first = _after_newline(fd, begin + found)
-            return parse_position(_line(fd, first)).ends
-        end = begin
-    return None
-
-
-def _line(fd: int, offset: int) -> bytes:
-    line = b""
-    while b"\n" not in line[-_STEP:] and (block := os.pread(fd, _STEP, offset + len(line))):
-        line += block
-    return line[: line.find(b"\n") + 1]

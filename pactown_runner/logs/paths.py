@@ -11,10 +11,11 @@ from ..models import Stream
 from ..passage import exposed
 from .errors import LogError
 
-__all__ = ["STREAMS", "LogPaths", "private_directory"]
+__all__ = ["LOG_ENDING", "STREAMS", "LogPaths", "private_directory"]
 
 STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
 _ENDINGS = ("out", "err")
+LOG_ENDING = ".jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class LogPaths:
 
     def log(self, service_id: str) -> str:
         """The log of a service, over all its runs: one JSON object a line."""
-        return f"{self.log_dir}/pactown_{self.key}/{service_id}.jsonl"
+        return f"{self.log_dir}/pactown_{self.key}/{service_id}{LOG_ENDING}"
 
     def fifos(self, service_id: str, run_id: str) -> tuple[str, str]:
         """The FIFOs that a run has as standard output and standard error."""
@@ -59,6 +60,15 @@ class LogPaths:
         """The spools of a run's two streams; they exist once it has written something."""
         stem = f"{self.log_dir}/pactown_{self.key}/.spool/{service_id}.{run_id}"
         return f"{stem}.{_ENDINGS[0]}", f"{stem}.{_ENDINGS[1]}"
+
+    def spooled(self, service_id: str) -> set[str]:
+        """The ids of a service's runs that have a spool: their output is not, or not yet wholly, in the log."""
+        try:
+            names = os.listdir(self.spool_dir)
+        except FileNotFoundError:
+            return set()
+        parts = [name.rsplit(".", 2) for name in names]
+        return {part[1] for part in parts if len(part) == 3 and part[0] == service_id and part[2] in _ENDINGS}
 
     def prepare(self) -> None:
         """Make the directories that all tenants share. `LogPump.create` relies on it that they are private.

@@ -4,8 +4,8 @@
 
 A readable FIFO is spliced into the spool at once, which is cheap. Rendering costs microseconds a record, so
 it happens in bounded turns (`LogHub`). While more than `BACKLOG_BYTES` wait to be rendered nothing more is
-taken: the FIFO fills, and the tenant's write blocks. A run that writes nothing has neither spool nor log:
-it costs two FIFOs.
+taken: the FIFO fills, and the tenant's write blocks. So it does beyond the tenant's `Rate`, unless that drops.
+A run that writes nothing has neither spool nor log: it costs two FIFOs.
 
 All of the state that a successor needs is in the files: the log's last line says which bytes of which run
 are in it, and the spool holds what follows. A pump may be killed at any point.
@@ -14,38 +14,54 @@ are in it, and the spool holds what follows. A pump may be killed at any point.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from enum import Enum
 from functools import partial
 
 from .errors import LogError
 from .feed import LogFeed
 from .fifo import Fifo
 from .hub import LogHub
-from .journal import Journal
-from .paths import STREAMS, LogPaths
-from .records import RecordLogger, record_logger, split
-from .spool import Spool
+from .limits import LogLimits
+from .paths import LogPaths
+from .rate import Rate
+from .tenant import TenantLogs
+from .writer import Writer
 
 __all__ = ["LogPump"]
+
+_log = logging.getLogger(__name__)
 
 BACKLOG_BYTES = 1 << 19
 """A stream's bytes in the spool that are not in the log yet, beyond which nothing more is taken."""
 TAKE_BYTES = 1 << 18
 """The most that is spliced at once; a FIFO holds 64 KiB unless the tenant enlarged it, to 1 MiB at most."""
-READ_BYTES = 1 << 17
-"""The most that one turn renders of a stream. More than a piece, or a long line would never be cut."""
-TURN_RECORDS = 256
-"""The most records that one turn renders of a stream, about 2 ms of work for both."""
-CAP_BYTES = 256 << 20
-"""Of one service's log, its two files together: a million short lines are 140 MB."""
+PROBE_BYTES = 4096
+"""How much is taken to see whether a disk has room again."""
 RETRY_SECONDS = 0.25
 """How long to wait after a full or failing disk."""
+COUNT_SECONDS = 0.25
+"""How long after lines were dropped their count is in the log, at the latest."""
+SAY_SECONDS = 60.0
+"""How often at most one pump tells the operator that it cannot write."""
+
+
+class _Ear(Enum):
+    """Whether a FIFO is listened to: not at all; by the hub; not before its turn in the tenant's `Rate`."""
+
+    DEAF = 0
+    OPEN = 1
+    WAITING = 2
 
 
 class LogPump:
     """Takes the output of one run and writes it down. `create` and `adopt` may be called in a worker thread.
 
     A log has one writer: the pump of a run that was left behind ends before the service's next one begins.
+
+    While nothing can be written, as on a full disk, nothing is lost: the program waits in its write. That is told in
+    the supervisor's own log, in `error`, and to those who wait for the `feed`; and so is that it goes on.
 
     Args:
         paths: the tenant's paths.
@@ -54,14 +70,41 @@ class LogPump:
         feed: told of each change; the caller closes it when no run will follow. Without one the pump has its
             own, and closes it in `finish`.
         hub: shared with all pumps of the loop; without one the pump has its own, which costs more.
-        cap: the most bytes that the service's log takes; beyond it the oldest half is dropped. None for no end.
+        tenant: shared with all pumps of the tenant; without one the pump has its own, with the default limits.
         retry: seconds to wait after a full or failing disk.
 
     Attributes:
-        feed: what readers wait for; it also tells when `error` appears.
+        feed: what readers wait for; it also tells when `error` appears, and when it goes.
         written: the number of the last record in the log; 0 until the first, or until `adopt`.
         error: why nothing is being written now, or None. It goes on by itself when the reason has gone.
     """
+
+    __slots__ = (
+        "_ears",
+        "_fifos",
+        "_gid",
+        "_hub",
+        "_owns_feed",
+        "_owns_hub",
+        "_queued",
+        "_resumed",
+        "_retry",
+        "_said",
+        "_started",
+        "_telling",
+        "_tenant",
+        "_timer",
+        "_told",
+        "_uid",
+        "_writer",
+        "error",
+        "feed",
+        "paths",
+        "run_id",
+        "service_id",
+        "user_id",
+        "written",
+    )
 
     def __init__(
         self,
@@ -74,7 +117,7 @@ class LogPump:
         gid: int,
         feed: LogFeed | None = None,
         hub: LogHub | None = None,
-        cap: int | None = CAP_BYTES,
+        tenant: TenantLogs | None = None,
         retry: float = RETRY_SECONDS,
     ) -> None:
         self.paths = paths
@@ -89,20 +132,19 @@ class LogPump:
         self._gid = gid
         self._hub = hub
         self._owns_hub = hub is None
+        self._tenant = tenant if tenant is not None else TenantLogs(paths, LogLimits())
         self._resumed = False
         self._started = False
-        self._cap = cap
         self._retry = retry
+        self._said = float("-inf")
+        self._told = False
         out, err = paths.fifos(service_id, run_id)
         self._fifos = (Fifo(out), Fifo(err))
-        self._spools: tuple[Spool, Spool] | None = None
-        self._journal: Journal | None = None
-        self._logger: RecordLogger | None = None
-        self._seq = 0
-        self._ends = [0, 0]
-        self._listening = [False, False]
+        self._writer: Writer | None = None
+        self._ears = [_Ear.DEAF, _Ear.DEAF]
         self._queued = False
         self._timer: asyncio.TimerHandle | None = None
+        self._telling: asyncio.TimerHandle | None = None
 
     # ---- the run's start
 
@@ -140,7 +182,7 @@ class LogPump:
                 except LogError:
                     if alive:
                         raise
-            self._open_files()
+            self._open_writer()
         except BaseException:
             self._close()
             raise
@@ -161,13 +203,15 @@ class LogPump:
             self._hub = LogHub()
         self._started = True
         self._listen()
-        if self._journal is not None:
+        if self._writer is not None:
             self._enqueue()
 
     # ---- its end
 
     async def finish(self) -> None:
         """Write down all that the run wrote, and remove its FIFOs and spools. No process of it may live.
+
+        It does not wait for the tenant's rate: what is beyond it now is the tenant's debt.
 
         Raises:
             LogError: not all could be written. Nothing is removed, and `finish` can be called again;
@@ -178,7 +222,7 @@ class LogPump:
         # A process of another sandbox of this tenant may hold the FIFO open and write on and on: what waits
         # there now is all that this run wrote, and taking it comes to an end.
         owed = [fifo.waiting() for fifo in self._fifos]
-        if self._journal is not None or owed != [0, 0]:
+        if self._writer is not None or owed != [0, 0]:
             try:
                 await self._drain(owed)
             except (OSError, LogError) as error:
@@ -189,9 +233,8 @@ class LogPump:
         for fifo in self._fifos:
             fifo.close()
             fifo.unlink()
-        if self._spools is not None:
-            for spool in self._spools:
-                spool.remove()
+        if self._writer is not None:
+            self._writer.remove_spools()
         self._close()
         if self._owns_feed:
             self.feed.close()
@@ -203,9 +246,10 @@ class LogPump:
 
     def _stop(self) -> None:
         self._deafen()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._telling):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._telling = None
         # A turn that is still queued sees this, and does nothing.
         self._started = False
         if self._owns_hub and self._hub is not None:
@@ -215,59 +259,97 @@ class LogPump:
     def _close(self) -> None:
         for fifo in self._fifos:
             fifo.close()
-        for spool in self._spools or ():
-            spool.close()
-        if self._journal is not None:
-            self._journal.close()
-        self._spools = None
-        self._journal = None
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
 
     async def _drain(self, owed: list[int]) -> None:
-        journal, spools = self._open_files()
-        journal.flush()
-        self.written = self._seq
+        writer = self._open_writer()
+        writer.flush()
         busy = True
         while busy or any(owed):
             busy = False
-            for index, spool in enumerate(spools):
-                if owed[index] and spool.size - self._ends[index] < BACKLOG_BYTES:
-                    moved = spool.take(self._fifos[index].fd, min(owed[index], TAKE_BYTES))
+            for index, fifo in enumerate(self._fifos):
+                if owed[index] and writer.backlog(index) < BACKLOG_BYTES:
+                    moved = writer.take(index, fifo.fd, min(owed[index], TAKE_BYTES))
+                    self._spend(moved)
                     # 0: somebody else with this uid has read it.
                     owed[index] = owed[index] - moved if moved else 0
-                if self._render(index, at_end=not owed[index]):
+                if writer.render(index, at_end=not owed[index]):
                     busy = True
+            self._wrote(writer)
             await asyncio.sleep(0)
+        writer.count_dropped()
+        self._wrote(writer)
 
-    # ---- in between
+    # ---- in between: taking
 
     def _listen(self) -> None:
         if self._hub is None:
             return
         for index, fifo in enumerate(self._fifos):
-            if not self._listening[index] and self._backlog(index) < BACKLOG_BYTES // 2 and fifo.fd >= 0:
+            if self._ears[index] is _Ear.DEAF and self._backlog(index) < BACKLOG_BYTES // 2 and fifo.fd >= 0:
                 self._hub.listen(fifo.fd, partial(self._readable, index))
-                self._listening[index] = True
+                self._ears[index] = _Ear.OPEN
 
     def _deafen(self, only: int | None = None) -> None:
         for index, fifo in enumerate(self._fifos):
-            if self._listening[index] and only in (None, index) and self._hub is not None:
-                self._hub.unlisten(fifo.fd)
-                self._listening[index] = False
+            if only in (None, index):
+                if self._ears[index] is _Ear.OPEN and self._hub is not None:
+                    self._hub.unlisten(fifo.fd)
+                # A turn that comes all the same sees this, and does nothing.
+                self._ears[index] = _Ear.DEAF
 
     def _backlog(self, index: int) -> int:
-        return self._spools[index].size - self._ends[index] if self._spools is not None else 0
+        return self._writer.backlog(index) if self._writer is not None else 0
 
     def _readable(self, index: int) -> None:
+        rate = self._tenant.rate
+        if rate is None:
+            self._take(index, TAKE_BYTES)
+        elif rate.open():
+            self._take(index, TAKE_BYTES if rate.drops else min(TAKE_BYTES, rate.left()))
+        else:
+            self._wait(rate, index)
+
+    def _wait(self, rate: Rate, index: int) -> None:
+        """Look at a FIFO again when it is its turn."""
+        if self._hub is not None:
+            self._deafen(index)
+            self._ears[index] = _Ear.WAITING
+            rate.wait(self._hub.loop, partial(self._take_turn, rate, index))
+
+    def _take_turn(self, rate: Rate, index: int, share: int) -> None:
+        if self._ears[index] is not _Ear.WAITING:
+            return
+        self._ears[index] = _Ear.DEAF
+        if self._backlog(index) >= BACKLOG_BYTES // 2:
+            return  # `_turn` listens again
+        if self._take(index, TAKE_BYTES if rate.drops else min(TAKE_BYTES, share)) and not rate.open():
+            self._wait(rate, index)
+        elif self._timer is None:
+            self._listen()
+
+    def _take(self, index: int, limit: int) -> bool:
+        """Take some of what a FIFO holds; False if there was nothing."""
         try:
-            _, spools = self._open_files()
-            moved = spools[index].take(self._fifos[index].fd, TAKE_BYTES)
+            moved = self._open_writer().take(index, self._fifos[index].fd, limit)
         except (OSError, LogError) as error:
             self._stall(error)
-            return
+            return False
+        self._spend(moved)
         if self._backlog(index) >= BACKLOG_BYTES:
             self._deafen(index)
         if moved:
             self._enqueue()
+        return moved > 0
+
+    def _spend(self, moved: int) -> None:
+        rate = self._tenant.rate
+        if rate is not None and not rate.drops:
+            rate.spend(moved)
+
+    # ---- in between: writing
 
     def _enqueue(self) -> None:
         if not self._queued and self._hub is not None:
@@ -277,68 +359,56 @@ class LogPump:
     def _turn(self) -> bool:
         """Render a bounded part of what waits; True if there is more."""
         self._queued = False
-        if not self._started or self._timer is not None:
+        writer = self._writer
+        if not self._started or self._timer is not None or writer is None:
             return False
         try:
-            more = self._render(0) | self._render(1)
-        except OSError as error:
+            more = writer.render(0) | writer.render(1)
+        except (OSError, LogError) as error:
             self._stall(error)
             return False
+        self._wrote(writer)
         self._queued = more
-        if not all(self._listening):
+        if _Ear.DEAF in self._ears:
             self._listen()
+        if writer.dropped and self._telling is None and self._hub is not None:
+            self._telling = self._hub.loop.call_later(COUNT_SECONDS, self._count_dropped)
         return more
 
-    def _render(self, index: int, *, at_end: bool = False) -> bool:
-        """Write down some records of a stream; True if there may be more to write now.
+    def _wrote(self, writer: Writer) -> None:
+        if writer.seq != self.written:
+            self.written = writer.seq
+            self.feed.notify()
 
-        Raises:
-            OSError: they could not be written; the journal keeps them.
-        """
-        if self._spools is None or self._journal is None or self._logger is None:
-            return False
-        spool, begin = self._spools[index], self._ends[index]
-        data = spool.read(begin, READ_BYTES)
-        pieces = split(data, TURN_RECORDS, at_end=at_end and begin + len(data) == spool.size)
-        more = len(data) == READ_BYTES or len(pieces) >= TURN_RECORDS
-        if not pieces:
-            return more
-        lines = self._logger.render(
-            pieces, ts=time.time(), seq=self._seq, stream=STREAMS[index], ends=self._ends, index=index
-        )
-        self._seq += len(lines)
-        self._journal.write(b"".join(lines))
-        self.written = self._seq
-        spool.give_back(self._ends[index])
-        self.feed.notify()
-        return more
-
-    def _open_files(self) -> tuple[Journal, tuple[Spool, Spool]]:
-        """Log and spools, opened when first needed: most short runs write nothing."""
-        if self._journal is not None and self._spools is not None:
-            return self._journal, self._spools
-        journal = Journal(self.paths.log(self.service_id), self._cap)
-        out, err = self.paths.spools(self.service_id, self.run_id)
-        spools = (Spool(out), Spool(err))
+    def _count_dropped(self) -> None:
+        self._telling = None
+        if self._timer is not None or self._writer is None:
+            return  # the first turn afterwards sees to it
         try:
-            seq, ends = journal.open(self.run_id, resumed=self._resumed)
-            for spool, end in zip(spools, ends, strict=True):
-                spool.open(end)
-        except BaseException:
-            journal.close()
-            for spool in spools:
-                spool.close()
-            raise
-        self._seq = self.written = seq
-        self._ends = list(ends)
-        self._logger = record_logger(self.user_id, self.service_id, self.run_id)
-        self._journal, self._spools = journal, spools
-        return journal, spools
+            self._writer.count_dropped()
+        except (OSError, LogError) as error:
+            self._stall(error)
+        else:
+            self._wrote(self._writer)
+
+    def _open_writer(self) -> Writer:
+        """Log and spools, opened when first needed: most short runs write nothing."""
+        if self._writer is None:
+            writer = Writer(self.paths, self.user_id, self.service_id, self.run_id, self._tenant)
+            writer.open(self.run_id, resumed=self._resumed)
+            self._writer = writer
+            self.written = writer.seq
+        return self._writer
+
+    # ---- a full disk
 
     def _stall(self, error: Exception) -> None:
         """Stop until the disk may have recovered; what is not written waits in FIFO and spool."""
-        self.error = self._trouble(error)
         self._deafen()
+        first, self.error = self.error is None, self._trouble(error)
+        if first and time.monotonic() - self._said > SAY_SECONDS:
+            self._said, self._told = time.monotonic(), True
+            _log.error("%s; its program waits once it has printed a little more", self.error)
         self.feed.notify()
         if self._hub is not None and self._timer is None:
             self._timer = self._hub.loop.call_later(self._retry, self._resume)
@@ -346,15 +416,29 @@ class LogPump:
     def _resume(self) -> None:
         self._timer = None
         try:
-            if self._journal is not None:
-                self._journal.flush()
-                self.written = self._seq
-        except OSError as error:
+            self._try_again()
+        except (OSError, LogError) as error:
             self._stall(error)
             return
         self.error = None
+        if self._told:
+            self._told = False
+            waited = time.monotonic() - self._said
+            _log.warning("the log of %s is written again, after %.1f s; nothing is lost", self.service_id, waited)
+        self.feed.notify()
         self._listen()
         self._enqueue()
+
+    def _try_again(self) -> None:
+        writer = self._open_writer()
+        writer.flush()
+        # What has been dropped and not been counted may be all that fills the disk.
+        writer.count_dropped()
+        self._wrote(writer)
+        # Before it is said that all is well: it may have been the spool that could not grow.
+        for index, fifo in enumerate(self._fifos):
+            if writer.backlog(index) < BACKLOG_BYTES and fifo.fd >= 0:
+                self._spend(writer.take(index, fifo.fd, PROBE_BYTES))
 
     def _trouble(self, error: Exception) -> LogError:
         if isinstance(error, LogError):

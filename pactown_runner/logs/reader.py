@@ -1,7 +1,7 @@
 """Reading a log: from any point, any number of times, while it is being written.
 
-Each reader has its own place in the files, so a slow one holds up nobody. A reader in the writer's process waits for
-the `LogFeed`; one elsewhere looks again after `poll` seconds.
+Each reader has its own place in the files, so a slow one holds up nobody, and keeps one file at a time. A reader in the
+writer's process waits for the `LogFeed`; one elsewhere looks again after `poll` seconds.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Collection
-from contextlib import ExitStack, suppress
-from io import FileIO
+from itertools import dropwhile
 
 from aiofiles.threadpool import wrap
 
 from ..models import LogRecord
 from .feed import LogFeed
-from .journal import PREVIOUS
 from .records import loader, parse_record, run_mark
-from .seek import places
+from .seek import Place, Wanted, find
 
 __all__ = ["POLL_SECONDS", "read_log"]
 
@@ -33,6 +31,7 @@ async def read_log(
     *,
     follow: bool = False,
     since_seq: int = 0,
+    since_time: float | None = None,
     tail: int | None = None,
     run_ids: Collection[str] | None = None,
     feed: LogFeed | None = None,
@@ -41,12 +40,16 @@ async def read_log(
 ) -> AsyncGenerator[LogRecord, None]:
     """The records of a log, in order. A log that does not exist has none yet.
 
-    A number that is more than one higher than the one before tells how many records the log's cap dropped.
+    Records have numbers without a gap, over all runs of the service, also across files and restarts of the supervisor:
+    whoever has seen number `n` goes on with `since_seq=n`. A number that is more than one higher than the one before,
+    or than `since_seq`, tells exactly how many records have made room for newer ones before this reader came to them.
 
     Args:
         path: the log file.
         follow: wait for more at the end, until the feed is closed or `ended` says so and all has been read.
         since_seq: leave out the records up to this number.
+        since_time: leave out the records before the first that was taken at or after this time, in seconds since the
+            epoch.
         tail: begin with the last so many records at most.
         run_ids: leave out the records of other runs; looked at anew at each read, so that runs may join.
         feed: the writing pump's, if it is in this process and loop.
@@ -57,20 +60,38 @@ async def read_log(
         LogError: a whole line of the file is no record.
     """
     cursor = _Cursor(path=path, follow=follow, seq=since_seq, run_ids=run_ids, feed=feed, ended=ended, poll=poll)
+    cursor.since = since_time
+    wanted = Wanted(since_seq, since_time, tail)
     while True:
         cursor.look()
-        with ExitStack() as stack:
-            files = [stack.enter_context(file) for file in _open(path)]
-            begins = await asyncio.to_thread(places, [file.fileno() for file in files], cursor.seq, tail)
-            for file, begin in zip(files, begins, strict=True):
-                async for records in cursor.read(file, begin, newest=file is files[-1]):
-                    for record in records:
-                        yield record
+        place = await _found(path, wanted)
+        if place is None:
             if cursor.done:
                 return
-            if not files:
-                await cursor.more()
-        tail = None
+            await cursor.more()
+            wanted = Wanted(since_seq, since_time)
+            continue
+        with place.file:
+            async for records in cursor.read(place):
+                for record in records:
+                    yield record
+        if cursor.done:
+            return
+        wanted = Wanted(cursor.seq, behind=place.number)
+
+
+async def _found(path: str, wanted: Wanted) -> Place | None:
+    finding = asyncio.ensure_future(asyncio.to_thread(find, path, wanted))
+    try:
+        return await asyncio.shield(finding)
+    except asyncio.CancelledError:
+        finding.add_done_callback(_close)
+        raise
+
+
+def _close(finding: asyncio.Future[Place | None]) -> None:
+    if not finding.cancelled() and finding.exception() is None and (place := finding.result()) is not None:
+        place.file.close()
 
 
 class _Cursor:
@@ -88,6 +109,7 @@ class _Cursor:
         poll: float,
     ) -> None:
         self.seq = seq
+        self.since: float | None = None
         self.done = False
         self._path = path
         self._follow = follow
@@ -95,6 +117,7 @@ class _Cursor:
         self._ended = ended
         self._poll = poll
         self._version = 0
+        self._end: tuple[int, int] | None = None
         self._load = loader()
         self._run_ids = run_ids
 
@@ -113,62 +136,66 @@ class _Cursor:
         else:
             await asyncio.sleep(self._poll)
 
-    async def read(self, file: FileIO, place: int, *, newest: bool) -> AsyncGenerator[list[LogRecord], None]:
-        """The records of one file from `place` on; of the newest until it is done or another takes its place."""
-        # A log that grows as fast as it is read has an end for those who do not follow.
-        stop = os.fstat(file.fileno()).st_size if newest and not self._follow else None
-        reading, rest = wrap(file), b""
-        file.seek(place)
-        while stop is None or place < stop:
+    async def read(self, place: Place) -> AsyncGenerator[list[LogRecord], None]:
+        """The records of one file; of the newest until it is done or another takes its place.
+
+        Afterwards `done` tells whether these were the last.
+        """
+        offset, reading, rest = place.offset, wrap(place.file), b""
+        stop = self._stop(place)
+        place.file.seek(offset)
+        while stop is None or offset < stop:
             self.look()
-            replaced = newest and self._follow and _replaced(self._path, file)
+            replaced = place.newest and self._follow and _replaced(self._path, place.file.fileno())
             chunk = await reading.read(CHUNK_BYTES)
             lines = (rest + chunk).split(b"\n")
             rest = lines.pop()
-            load, seq = self._load, self.seq
-            records = [record for line in self._wanted(lines) if (record := parse_record(line, load)).seq > seq]
-            if records:
+            if records := self._wanted(lines):
                 self.seq = records[-1].seq
                 yield records
-            place += sum(map(len, lines)) + len(lines)
+            offset += sum(map(len, lines)) + len(lines)
             if len(chunk) == CHUNK_BYTES:
                 continue
             # A half line at the end may be cut off by a pump that takes over: it is read anew.
             rest = b""
-            file.seek(place)
+            place.file.seek(offset)
             if lines:
                 continue
-            if replaced:
+            if replaced or not place.newest:
                 self.done = False
-            if not newest or replaced or self.done:
+                return
+            if self.done:
                 return
             await self.more()
 
-    def _wanted(self, lines: list[bytes]) -> list[bytes]:
-        if self._run_ids is None:
-            return lines
-        marks = [run_mark(run_id) for run_id in self._run_ids]
-        return [line for line in lines if any(mark in line for mark in marks)]
+    def _wanted(self, lines: list[bytes]) -> list[LogRecord]:
+        if self._run_ids is not None:
+            marks = [run_mark(run_id) for run_id in self._run_ids]
+            lines = [line for line in lines if any(mark in line for mark in marks)]
+        load, seq = self._load, self.seq
+        records = [record for line in lines if (record := parse_record(line, load)).seq > seq]
+        if self.since is not None and records:
+            since = self.since
+            records = list(dropwhile(lambda record: record.ts < since, records))
+            if records:
+                self.since = None
+        return records
+
+    def _stop(self, place: Place) -> int | None:
+        """Where in a file to stop: a log that grows as fast as it is read has an end for those who do not follow."""
+        if self._follow:
+            return None
+        if self._end is None:
+            self._end = place.end
+        number, size = self._end
+        if place.number < number:
+            return None
+        return size if place.number == number else 0
 
 
-def _open(path: str) -> list[FileIO]:
-    """The files of a log, oldest first."""
-    while True:
-        with ExitStack() as stack:
-            files: list[FileIO] = []
-            # The newer first: what becomes the older one between the two is opened twice, but nothing is missed.
-            for name in (path, path + PREVIOUS):
-                with suppress(FileNotFoundError):
-                    files.insert(0, stack.enter_context(FileIO(name)))
-            newest = files[-1] if files else None
-            if newest is None or newest.name != path or not _replaced(path, newest):
-                stack.pop_all()
-                return files
-
-
-def _replaced(path: str, file: FileIO) -> bool:
-    """Whether another file has the log's name now. While none has it, the next one is about to come."""
+def _replaced(path: str, fd: int) -> bool:
+    """Whether another file has the log's name now. If none has it, somebody has taken the file away."""
     try:
-        return not os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+        return not os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError:
         return False

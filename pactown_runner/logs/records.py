@@ -8,15 +8,20 @@ A record is one JSON object on one line:
 on in the stream's next record or ended without a newline. `spool` holds how much of both streams of this
 run is in the log once this record is: the last line alone tells where to go on after a crash. A tenant can
 forge nothing: its newlines end records, and all else it writes is inside a JSON string.
+
+In place of a line, `"dropped":{"lines":3,"bytes":12}` counts what a tenant's rate limit dropped here. And a file
+that took another's place begins with a mark, which is no record: `"file"` tells how many files were before it,
+`seq` and `spool` where the one before ended, `"left"` how much the log holds of other runs that are not wholly in
+it. So the newest file alone tells where to go on, whatever becomes of those before it.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
 from ..models import LogRecord, Stream
 from .errors import LogError
@@ -26,8 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PIECE_BYTES",
+    "Ends",
+    "Head",
+    "Piece",
     "Position",
     "RecordLogger",
+    "parse_head",
     "parse_position",
     "parse_record",
     "record_logger",
@@ -37,6 +46,9 @@ __all__ = [
 
 PIECE_BYTES = 1 << 16
 """The most bytes of a line that one record holds."""
+
+Ends = tuple[int, int]
+"""How much of a run's two streams is in the log, in bytes."""
 
 Piece = tuple[bytes, int, bool]
 """The bytes without newline, the bytes of the stream that they stand for, and whether they are partial."""
@@ -121,6 +133,16 @@ class RecordLogger:
             lines.append(arguments[0])
         return lines
 
+    def count_dropped(
+        self, lines: int, length: int, *, ts: float, seq: int, stream: Stream, ends: list[int], index: int
+    ) -> bytes:
+        """Render the record, of number `seq`, that stands for lines that were dropped; otherwise as `render`."""
+        ends[index] += length
+        dropped = {"lines": lines, "bytes": length}
+        event: dict[str, Any] = {"ts": ts, "seq": seq, "stream": stream, "dropped": dropped, "spool": ends}
+        arguments, _ = self._process_event("record", None, event)
+        return cast(bytes, arguments[0])
+
 
 def record_logger(user_id: str, service_id: str, run_id: str) -> RecordLogger:
     """A logger for one run; nothing of structlog is configured globally.
@@ -174,9 +196,17 @@ def parse_record(line: bytes, load: Callable[[bytes], Any]) -> LogRecord:
     """
     try:
         fields = load(line)
+        ts, seq, stream = fields["ts"], fields["seq"], fields["stream"]
         text = fields.get("line")
-        raw = text.encode() if text is not None else base64.b64decode(fields["line_b64"])
-        return LogRecord(fields["ts"], fields["seq"], fields["stream"], raw, fields.get("partial", False))
+        if text is not None:
+            return LogRecord(ts, seq, stream, text.encode(), fields.get("partial", False))
+        dropped = fields.get("dropped")
+        if dropped is not None:
+            return LogRecord(
+                ts, seq, stream, b"", dropped_lines=int(dropped["lines"]), dropped_bytes=int(dropped["bytes"])
+            )
+        raw = base64.b64decode(fields["line_b64"])
+        return LogRecord(ts, seq, stream, raw, fields.get("partial", False))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LogError(f"not a log record: {line[:80]!r}") from error
 
@@ -194,27 +224,110 @@ class Position:
     """How far a log is.
 
     Attributes:
+        user_id, service_id: whose log it is.
         run_id: the run that its last record is of; empty if there is none.
         seq: of its last record.
+        ts: of its last record, in seconds since the epoch.
         ends: how much of that run's two streams it holds.
     """
 
+    user_id: str = ""
+    service_id: str = ""
     run_id: str = ""
     seq: int = 0
-    ends: tuple[int, int] = (0, 0)
+    ts: float = 0.0
+    ends: Ends = (0, 0)
+
+    def mark(self, number: int, left: Mapping[str, Ends]) -> bytes:
+        """The line that begins the next file of the log.
+
+        Args:
+            number: how many files there were before, and one.
+            left: how much the log holds of other runs, by their ids.
+        """
+        fields = {
+            "user": self.user_id,
+            "service": self.service_id,
+            "run": self.run_id,
+            "ts": self.ts,
+            "seq": self.seq,
+            "spool": self.ends,
+            "file": number,
+            "left": left,
+        }
+        return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 def parse_position(line: bytes) -> Position:
     """Where a log whose last line is `line` goes on.
 
     Raises:
-        LogError: it is no record.
+        LogError: it is no record, nor a mark.
     """
+    fields = _fields(line)
+    try:
+        return Position(
+            user_id=str(fields["user"]),
+            service_id=str(fields["service"]),
+            run_id=str(fields["run"]),
+            seq=int(fields["seq"]),
+            ts=float(fields["ts"]),
+            ends=_ends(fields["spool"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_record(line) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How a file of a log begins.
+
+    Attributes:
+        length: bytes of its mark; 0 if it has none.
+        number: of the file, as the mark says; 0 if there is none.
+        seq: of the last record before the file.
+        ts: of that record, or of the file's first one if there is no mark.
+        left: how much the files before hold of other runs, by their ids.
+    """
+
+    length: int = 0
+    number: int = 0
+    seq: int = 0
+    ts: float = 0.0
+    left: Mapping[str, Ends] = field(default_factory=dict)
+
+
+def parse_head(line: bytes) -> Head:
+    """How a file begins whose first line is `line`, without its newline.
+
+    Raises:
+        LogError: it is neither a mark nor a record.
+    """
+    fields = _fields(line)
+    try:
+        seq, ts = int(fields["seq"]), float(fields["ts"])
+        if "file" not in fields:
+            return Head(seq=seq - 1, ts=ts)
+        left = {str(run): _ends(ends) for run, ends in fields["left"].items()}
+        return Head(len(line) + 1, int(fields["file"]), seq, ts, left)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _no_record(line) from error
+
+
+def _ends(value: Any) -> Ends:
+    out, err = value
+    return int(out), int(err)
+
+
+def _fields(line: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(line)
-        out, err = fields["spool"]
-        return Position(str(fields["run"]), int(fields["seq"]), (int(out), int(err)))
-    except (ValueError, KeyError, TypeError) as error:
-        raise LogError(
-            f"not a log record: {line[:80]!r}", remedy="move the log away; a new one counts from 1"
-        ) from error
+    except ValueError as error:
+        raise _no_record(line) from error
+    if not isinstance(fields, dict):
+        raise _no_record(line)
+    return fields
+
+
+def _no_record(line: bytes) -> LogError:
+    return LogError(f"not a log record: {line[:80]!r}", remedy="move the log away; a new one counts from 1")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
-from pactown_runner.logs import LogHub, LogPaths, LogPump, read_log
+from pactown_runner.logs import LogHub, LogLimits, LogPaths, LogPump, TenantLogs, read_log
+from pactown_runner.logs.rate import Rate
 from pactown_runner.models import LogRecord
 
 USER = "auth0|123456"
+PER_SECOND = 10_000
+"""Bytes, of a tenant that may not print as it likes."""
 MakePump = Callable[..., LogPump]
 T = TypeVar("T")
 Write = Callable[..., Awaitable[asyncio.subprocess.Process]]
@@ -74,6 +78,44 @@ def no_fd_leak() -> Iterator[None]:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+def limited(paths: LogPaths, **limits: Any) -> TenantLogs:
+    """What the pumps of a tenant with these limits share."""
+    return TenantLogs(paths, LogLimits(**limits))
+
+
+class Clock:
+    """Time that goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def rated(paths: LogPaths, clock: Clock, *, drops: bool, per_second: int = PER_SECOND) -> TenantLogs:
+    """What the pumps of a tenant with a rate share, in a time of their own."""
+    tenant = limited(paths)
+    tenant.rate = Rate(per_second, drops=drops, clock=clock)
+    return tenant
+
+
+def files(paths: LogPaths) -> dict[str, int]:
+    """The tenant's logs and how many bytes each has, by name."""
+    found = {}
+    with os.scandir(paths.tenant_dir) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # somebody is writing
+                if ".jsonl" in entry.name:
+                    found[entry.name] = entry.stat().st_size
+    return dict(sorted(found.items()))
+
+
 async def records(paths: LogPaths, service_id: str = "api", **options: Any) -> list[LogRecord]:
     """The service's log as it stands."""
     return [record async for record in read_log(paths.log(service_id), **options)]
@@ -84,7 +126,7 @@ async def gather(reading: AsyncIterator[LogRecord]) -> list[int]:
     return [record.seq async for record in reading]
 
 
-async def soon(work: Coroutine[Any, Any, T], seconds: float = 30) -> T:
+async def soon(work: Awaitable[T], seconds: float = 30) -> T:
     """Await `work`, and fail rather than hang."""
     return await asyncio.wait_for(work, seconds)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pactown_runner.logs import LogError, LogPaths, read_log
+from pactown_runner.logs import LogError, LogPaths
 from tests.hostguard import Run
-from tests.logs.conftest import USER, MakePump, Write, gather, records, soon, written
+from tests.logs.conftest import USER, MakePump, Write, records, soon, written
 
 MILLION = 1_000_000
 
@@ -223,52 +223,6 @@ async def test_a_run_that_ended_unseen_is_written_down_once_also_after_a_later_r
     assert [r.line for r in found] == ["one", *map(str, range(1, 20001)), "two"]
     assert [r.seq for r in found] == list(range(1, 20003))
     assert paths.leftovers() == set()
-
-
-async def test_beyond_the_cap_the_oldest_records_go_and_the_numbers_tell_how_many(
-    make_pump: MakePump, write: Write, paths: LogPaths
-) -> None:
-    cap = 400_000
-    pump = make_pump(cap=cap)
-    pump.create()
-    pump.start()
-    await (await write(pump, "seq", "50000")).wait()
-    await pump.finish()
-    found = await records(paths)
-    dropped = found[0].seq - 1
-    assert dropped > 0
-    assert [(r.seq, r.raw) for r in found] == [(seq, b"%d" % seq) for seq in range(dropped + 1, 50_001)]
-    size = sum(path.stat().st_size for path in Path(paths.tenant_dir).glob("*.jsonl*"))
-    assert cap // 2 < size < cap + 100_000
-
-
-@pytest.mark.each_loop
-async def test_followers_miss_nothing_when_the_log_is_replaced(
-    make_pump: MakePump, write: Write, paths: LogPaths
-) -> None:
-    pump = make_pump(cap=6_000_000)
-    followers = [asyncio.create_task(gather(read_log(paths.log("api"), follow=True, feed=pump.feed))) for _ in range(2)]
-    pump.create()
-    pump.start()
-    await (await write(pump, "seq", "60000")).wait()
-    await pump.finish()
-    for follower in followers:
-        assert await soon(asyncio.wait_for(follower, 60)) == list(range(1, 60_001))
-    assert Path(paths.log("api") + ".1").exists()
-
-
-async def test_a_crash_while_a_full_log_is_replaced(make_pump: MakePump, write: Write, paths: LogPaths) -> None:
-    pump = make_pump()
-    pump.create()
-    pump.start()
-    await (await write(pump, "sh", "-c", "echo one; printf two")).wait()
-    await soon(written(pump, lambda: pump.written == 1))
-    pump.detach()
-    os.rename(paths.log("api"), paths.log("api") + ".1")
-    successor = make_pump()
-    successor.adopt(alive=False)
-    await successor.finish()
-    assert [(r.seq, r.line) for r in await records(paths)] == [(1, "one"), (2, "two")]
 
 
 async def test_a_torn_last_line_is_written_anew(make_pump: MakePump, write: Write, paths: LogPaths) -> None:

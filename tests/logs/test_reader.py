@@ -56,20 +56,6 @@ async def test_since_and_tail_over_two_files(log: Path, paths: LogPaths) -> None
         assert [r.seq for r in await records(paths, tail=number)] == [*range(max(1001, 8001 - number), 8001)]
 
 
-async def test_a_follower_goes_on_when_a_full_log_is_replaced(log: Path) -> None:
-    feed = LogFeed()
-    log.write_bytes(lines(1, 2))
-    reading = read_log(str(log), follow=True, feed=feed)
-    assert [(await anext(reading)).seq for _ in range(2)] == [1, 2]
-    with log.open("ab") as file:
-        file.write(lines(3, 4))
-    for first in (5, 7):
-        log.rename(log.with_name("api.jsonl.1"))
-        log.write_bytes(lines(first, first + 1))
-    feed.close()
-    assert await soon(gather(reading)) == [3, 4, 5, 6, 7, 8]
-
-
 async def test_a_half_line_at_the_end_is_left_alone(log: Path, paths: LogPaths) -> None:
     whole = lines(1, 3)
     log.write_bytes(whole[:-1])

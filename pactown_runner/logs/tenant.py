@@ -1,0 +1,85 @@
+"""What the pumps of one tenant share in a process: their rate, and the room that their logs may take."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+from ..config import Settings
+from .cap import hold_cap
+from .limits import LogLimits
+from .paths import LogPaths
+from .rate import Rate
+
+if TYPE_CHECKING:
+    from .journal import Journal
+
+__all__ = ["LogTenants", "TenantLogs"]
+
+_REMEMBERED = 1000
+"""Tenants whose rate goes on where it was, though none of their pumps is there any more."""
+_STEPS = 16
+"""A process looks at the room that a tenant's logs take each time that it has written this part of the cap."""
+
+
+class TenantLogs:
+    """What the pumps of one tenant share in a process.
+
+    Args:
+        paths: the tenant's.
+        limits: the tenant's.
+
+    Attributes:
+        journals: the logs that this process writes to now, by path.
+        rate: None if there is no limit to it.
+    """
+
+    __slots__ = ("__weakref__", "_unseen", "journals", "limits", "paths", "rate")
+
+    def __init__(self, paths: LogPaths, limits: LogLimits) -> None:
+        self.paths = paths
+        self.limits = limits
+        self.journals: dict[str, Journal] = {}
+        self.rate = Rate(limits.rate_bytes, drops=limits.rate_policy == "drop") if limits.rate_bytes else None
+        # As much as one may write without looking: a process that lives for a short while looks once.
+        self._unseen = self._step
+
+    @property
+    def _step(self) -> int:
+        return min(self.limits.rotate_bytes, self.limits.cap_bytes // _STEPS)
+
+    def make_room(self, count: int) -> None:
+        """Hold the cap, now that so many bytes will be written; looks at the disk now and then only.
+
+        What cannot be dropped is told in the supervisor's own log, and no reason not to write.
+        """
+        self._unseen += count
+        if self._unseen > self._step:
+            self._unseen = count
+            # Until the next look there will be a step more.
+            hold_cap(self.paths, self.limits.cap_bytes - self._step - count, self.journals)
+
+
+class LogTenants:
+    """The `TenantLogs` of a process: each tenant has one at a time.
+
+    Args:
+        settings: the supervisor's.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._log_dir = settings.log_dir
+        self._run_dir = settings.run_dir
+        self._limits = LogLimits.of(settings)
+        self._known: WeakValueDictionary[str, TenantLogs] = WeakValueDictionary()
+        self._recent: deque[TenantLogs] = deque(maxlen=_REMEMBERED)
+
+    def of(self, key: str) -> TenantLogs:
+        """What the tenant of this key shares."""
+        tenant = self._known.get(key)
+        if tenant is None:
+            tenant = TenantLogs(LogPaths(self._log_dir, self._run_dir, key), self._limits)
+            self._known[key] = tenant
+        self._recent.append(tenant)
+        return tenant

@@ -1,0 +1,221 @@
+"""The cap on what all logs of one tenant take, over services that run and services that do not."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from pactown_runner.logs import LogPaths, TenantLogs
+from pactown_runner.logs.journal import Journal
+from pactown_runner.logs.records import record_logger
+from tests.logs.conftest import USER, MakePump, Write, files, limited, records, soon
+
+WIDTH = 900
+"""Of a line; a record has about 1000 bytes."""
+
+
+def write_lines(journal: Journal, service_id: str, run_id: str, first: int, last: int) -> None:
+    logger = record_logger(USER, service_id, run_id)
+    for seq in range(first, last + 1):
+        piece = (b"%0*d" % (WIDTH, seq), WIDTH + 1, False)
+        journal.write(b"".join(logger.render([piece], ts=seq, seq=seq - 1, stream="stdout", ends=[0, 0], index=0)))
+
+
+def log(tenant: TenantLogs, service_id: str, count: int, *, run_id: str = "r1") -> None:
+    """Write so many records of a service that then ends."""
+    journal = Journal(tenant, service_id)
+    last, _ = journal.open(run_id, resumed=False)
+    write_lines(journal, service_id, run_id, last + 1, last + count)
+    journal.close()
+
+
+def total(paths: LogPaths) -> int:
+    return sum(files(paths).values())
+
+
+def age(paths: LogPaths, *names: str) -> None:
+    """Let the files have been written to in this order."""
+    for number, name in enumerate(names):
+        os.utime(f"{paths.tenant_dir}/{name}", (number + 1, number + 1))
+
+
+async def kept(paths: LogPaths, service_id: str) -> list[int]:
+    return [record.seq for record in await records(paths, service_id)]
+
+
+async def test_the_oldest_file_of_any_service_goes_first(paths: LogPaths) -> None:
+    tenant = limited(paths, rotate_bytes=10_000, keep=10)
+    for service_id in ("a", "b"):
+        log(tenant, service_id, 40)
+    age(paths, "a.jsonl.1", "b.jsonl.1", "b.jsonl.2", "a.jsonl.2", "a.jsonl.3", "a.jsonl", "b.jsonl.3", "b.jsonl")
+    log(limited(paths, rotate_bytes=10_000, keep=10, cap_bytes=total(paths) - 22_000), "c", 1)
+    assert sorted(set(files(paths))) == ["a.jsonl", "a.jsonl.2", "a.jsonl.3", "b.jsonl", "b.jsonl.3", "c.jsonl"]
+    assert (await kept(paths, "a"))[-1] == 40
+    assert await kept(paths, "b") == list(range((await kept(paths, "b"))[0], 41))
+
+
+async def test_of_a_service_that_runs_no_more_the_numbers_are_kept(
+    make_pump: MakePump, write: Write, paths: LogPaths
+) -> None:
+    log(limited(paths), "ended", 50)
+    log(limited(paths), "young", 10)
+    age(paths, "ended.jsonl", "young.jsonl")
+    log(limited(paths, cap_bytes=40_000), "new", 1)
+    assert (await kept(paths, "ended"), await kept(paths, "young")) == ([], list(range(1, 11)))
+    assert files(paths)["ended.jsonl"] < 300
+    pump = make_pump("ended", "r2")
+    pump.create()
+    pump.start()
+    await (await write(pump, "echo", "again")).wait()
+    await soon(pump.finish())
+    assert [(r.seq, r.line) for r in await records(paths, "ended", since_seq=20)] == [(51, "again")]
+
+
+async def test_a_log_that_is_written_holds_the_cap_by_itself(paths: LogPaths) -> None:
+    cap = 64_000
+    tenant = limited(paths, rotate_bytes=64_000, keep=3, cap_bytes=cap)
+    journal = Journal(tenant, "api")
+    journal.open("r1", resumed=False)
+    most = 0
+    for first in range(1, 1000, 5):
+        write_lines(journal, "api", "r1", first, first + 4)
+        most = max(most, total(paths))
+    journal.close()
+    assert cap * 0.8 < most <= cap
+    found = await kept(paths, "api")
+    assert found == list(range(found[0], 1001))
+
+
+async def test_many_services_that_are_written_hold_the_cap_together(paths: LogPaths) -> None:
+    cap = 200_000
+    tenant = limited(paths, rotate_bytes=200_000, keep=3, cap_bytes=cap)
+    names = [f"s{number}" for number in range(10)]
+    journals = {name: Journal(tenant, name) for name in names}
+    for name in names:
+        journals[name].open("r1", resumed=False)
+        write_lines(journals[name], name, "r1", 1, 3)
+    for first in range(4, 300, 5):
+        for name in names[:5]:
+            write_lines(journals[name], name, "r1", first, first + 4)
+            assert total(paths) <= cap
+    for journal in journals.values():
+        journal.close()
+    # Those that printed little lose nothing to those that flood.
+    for name in names[5:]:
+        assert await kept(paths, name) == [1, 2, 3]
+    for name in names[:5]:
+        assert (await kept(paths, name) or [303])[-1] == 303
+
+
+async def test_a_log_that_another_process_writes_is_left_to_it(paths: LogPaths) -> None:
+    mine, other = (limited(paths, cap_bytes=60_000) for _ in range(2))
+    writing = Journal(other, "theirs")
+    writing.open("r1", resumed=False)
+    write_lines(writing, "theirs", "r1", 1, 50)
+    age(paths, "theirs.jsonl")
+    log(mine, "mine", 20)
+    assert await kept(paths, "theirs") == list(range(1, 51))
+    # That one looks too, and sees what both take.
+    write_lines(writing, "theirs", "r1", 51, 60)
+    writing.close()
+    assert total(paths) <= 60_000
+    found = await kept(paths, "theirs")
+    assert found == list(range(found[0], 61))
+
+
+async def test_who_is_forked_from_a_writer_does_not_keep_its_log_from_being_dropped(paths: LogPaths) -> None:
+    """A child of the embedding process has copies of all descriptors, until it executes a program, or for good."""
+    writing = Journal(limited(paths), "ended")
+    writing.open("r1", resumed=False)
+    write_lines(writing, "ended", "r1", 1, 50)
+    copy = os.dup(writing._fd)
+    try:
+        writing.close()
+        log(limited(paths, cap_bytes=30_000), "new", 1)
+        assert await kept(paths, "ended") == []
+    finally:
+        os.close(copy)
+
+
+def test_a_writer_waits_for_who_drops_what_it_is_about_to_open(paths: LogPaths) -> None:
+    log(limited(paths), "api", 5)
+    fd = os.open(paths.log("api"), os.O_RDWR)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with pytest.raises(Exception, match="locked by another process"):
+            log(limited(paths), "api", 5, run_id="r2")
+    finally:
+        os.close(fd)
+    log(limited(paths), "api", 5, run_id="r2")
+
+
+async def test_spools_count(make_pump: MakePump, write: Write, paths: LogPaths) -> None:
+    os.makedirs(paths.spool_dir)
+    log(limited(paths), "ended", 100)
+    Path(paths.spools("left", "r1")[0]).write_bytes(b"x" * 90_000)
+    log(limited(paths, cap_bytes=160_000), "new", 1)
+    assert await kept(paths, "ended") == []
+    assert Path(paths.spools("left", "r1")[0]).exists()
+
+
+async def test_what_is_no_log_is_neither_counted_nor_touched(paths: LogPaths) -> None:
+    log(limited(paths), "ended", 50)
+    for name in ("notes.txt", "ended.jsonl.old", "ended.jsonl.gz", "x.jsonl.1.bak"):
+        Path(paths.tenant_dir, name).write_bytes(b"x" * 100_000)
+    Path(paths.tenant_dir, "strange.jsonl").write_bytes(b"no record\n" * 1000)
+    age(paths, "strange.jsonl")
+    log(limited(paths, cap_bytes=80_000), "new", 1)
+    assert await kept(paths, "ended") == list(range(1, 51))
+    assert len(os.listdir(paths.tenant_dir)) == 7
+
+
+WRITE = """if 1:
+    import json, os, sys
+    from pathlib import Path
+    from pactown_runner.logs import LogLimits, LogPaths, TenantLogs
+    from tests.logs.test_cap import log
+    log_dir, run_dir, key, limits, name, turns = sys.argv[1:]
+    paths = LogPaths(Path(log_dir), Path(run_dir), key)
+    for turn in range(int(turns)):
+        log(TenantLogs(paths, LogLimits(**json.loads(limits))), f"{name}-{turn % 7}", 20, run_id=f"r{turn}")
+"""
+
+
+async def test_processes_that_share_a_tenant_hold_the_cap_and_lose_no_number(paths: LogPaths) -> None:
+    limits = {"rotate_bytes": 20_000, "keep": 2, "cap_bytes": 160_000}
+    words = (str(paths.log_dir), str(paths.run_dir), paths.key, json.dumps(limits))
+    # The directory is made by the first one.
+    log(limited(paths), "first", 1)
+    writers = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", WRITE, *words, f"w{number}", "70")
+        for number in range(4)
+    ]
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        while any(writer.returncode is None for writer in writers):
+            most = max(most, await asyncio.to_thread(total, paths))
+
+    try:
+        await soon(watch(), 60)
+    finally:
+        for writer in writers:
+            if writer.returncode is None:
+                writer.kill()
+            await writer.wait()
+    assert [writer.returncode for writer in writers] == [0, 0, 0, 0]
+    # Each process may be a step ahead of the others.
+    assert most <= 160_000 * (1 + 4 / 16)
+    for number in range(4):
+        for service in range(7):
+            found = await kept(paths, f"w{number}-{service}")
+            assert found == (list(range(found[0], 201)) if found else [])
+    log(limited(paths), "w0-0", 1, run_id="last")
+    assert (await kept(paths, "w0-0"))[-1] == 201
