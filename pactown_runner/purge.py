@@ -12,11 +12,11 @@ import os
 import pwd
 import re
 import shutil
-import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -24,7 +24,9 @@ from cgroups import Cgroup, CgroupError, GoneError, Limits, find_mount
 
 from .accounts import PREFIX
 from .config import Settings
-from .errors import AccountError, RunnerError, StateError
+from .deletion import empty_home, sweep
+from .errors import RunnerError, StateError
+from .home_dirs import remove_home
 from .launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_popen
 from .models import IsolatedUser
 from .owners import Owner
@@ -37,24 +39,9 @@ __all__ = ["Plan", "Purge"]
 KILL_SECONDS = 30.0
 """For what was killed to be gone. Only a process that waits for a dead disk takes longer than milliseconds."""
 
-EMPTY_SECONDS = 3600.0
-"""For a home to be emptied; a big one takes minutes."""
-
 _MARK = "pactown.state"  # what `trees` writes onto each slice and scope
 _OWNER_ID = re.compile(r"[0-9a-f]{16}")
 _Matches = Callable[[str], bool]
-
-_EMPTY_HOME = """\
-find . -xdev -type d ! -perm -700 -exec chmod u+rwx {} ';'
-exec find . -xdev -mindepth 1 -delete"""
-"""Run as the tenant, in its home."""
-
-_CLEAR_PUBLIC = """\
-for place in /tmp /var/tmp /dev/shm /dev/mqueue; do
-    find "$place" -xdev -depth -mindepth 1 -user "$1" -delete
-done
-ipcrm --all"""
-"""Run as the tenant: what it left in public places. It can remove no more than the tenant may."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,7 @@ class Plan:
 
     Attributes:
         running: sandboxes, as `<slice>/<scope>`.
-        users: rows of the registry whose account may exist.
+        users: rows of the registry whose account may exist, or whose home was kept when they were deleted.
         directories: with logs, FIFOs and the registry.
         owners: live processes that use the state.
         strangers: logins that look like ours, and are not in the registry. They are left alone.
@@ -110,7 +97,7 @@ class Purge:
     def plan(self) -> Plan:
         """Look at what there is; nothing is changed."""
         places = (self.settings.log_dir, self.settings.run_dir, self.settings.state_dir)
-        users = self._registry.users("creating", "ready", "deleting") if self._registry else []
+        users = [row for row in self._registry.users() if self._is_there(row)] if self._registry else []
         known = {row.username for row in users}
         base = str(self.settings.users_base)
         running = []
@@ -130,6 +117,13 @@ class Purge:
                 and login.pw_name not in known
             ],
         )
+
+    def _is_there(self, row: UserRow) -> bool:
+        if row.status != "deleted":
+            return True
+        assert self._registry is not None
+        removal = self._registry.removal(row.key)
+        return removal is not None and not removal.delete_home and row.home.exists()
 
     def carry_out(self, plan: Plan) -> None:
         """Remove it all; what cannot be removed is in `failed` afterwards."""
@@ -213,10 +207,16 @@ class Purge:
             tree = self._tree(held)
             for row in rows:
                 with self._doing(f"user {row.saas_id!r} ({row.username}, {row.home})"):
-                    if row.virtual == users.root_mode:
-                        raise AccountError(f"it was made {'without root' if row.virtual else 'by root'}")
+                    if row.status == "deleted":
+                        users.get_or_create(row.saas_id)  # whose the home is again then, and can be emptied
+                    users.check_ours(row.saas_id)
                     user = users.begin_removal(row.saas_id)
-                    self._remove_home(tree, user)
+                    run = partial(self._as_tenant, tree, user)
+                    # Without root the tenant's uid is the caller's own, and what carries it is the caller's.
+                    if users.root_mode:
+                        sweep(user, run)
+                    empty_home(user, run)
+                    remove_home(user.home_dir)
                     users.remove_account(user)
 
     def _tree(self, held: ExitStack) -> Tree | None:
@@ -232,36 +232,17 @@ class Purge:
         held.callback(tree.close)
         return tree
 
-    def _remove_home(self, tree: Tree | None, user: IsolatedUser) -> None:
-        """Empty a home as the tenant; root touches the empty top directory only."""
-        base = os.open(user.home_dir.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            try:
-                found = os.stat(user.home_dir.name, dir_fd=base, follow_symlinks=False)
-            except FileNotFoundError:
-                return
-            # One that never became the tenant's is empty, or not ours: rmdir knows.
-            if found.st_uid == user.linux_uid and stat.S_ISDIR(found.st_mode):
-                self._empty_home(tree, user)
-            os.rmdir(user.home_dir.name, dir_fd=base)
-        finally:
-            os.close(base)
-
-    def _empty_home(self, tree: Tree | None, user: IsolatedUser) -> None:
-        self._as_tenant(tree, user, _EMPTY_HOME)
-        # Without root the tenant's uid is the caller's own: what is the caller's in public places is not the tenant's.
-        if self.settings.root_mode:
-            self._as_tenant(tree, user, _CLEAR_PUBLIC)
-
-    def _as_tenant(self, tree: Tree | None, user: IsolatedUser, script: str) -> None:
-        """Run a script in the tenant's home. What it could not do shows when the home is not empty."""
+    def _as_tenant(
+        self, tree: Tree | None, user: IsolatedUser, script: str, directory: str | Path, timeout: float, *words: str
+    ) -> bool:
+        """See `deletion.RunAs`. Of what it could not do the home's removal tells."""
         spec = LaunchSpec(
-            argv=["/bin/sh", "-c", script, "purge", str(user.linux_uid)],
+            argv=["/bin/sh", "-c", script, "purge", *words],
             mode="root" if self.settings.root_mode else "user",
             uid=user.linux_uid,
             gid=user.linux_gid,
             env={"PATH": DEFAULT_PATH, "LC_ALL": "C"},
-            directories=[Directory(user.home_dir)],
+            directories=[Directory(directory)],
         )
         with ExitStack() as held:
             scope = None
@@ -273,10 +254,10 @@ class Purge:
             )
             with program:
                 try:
-                    program.wait(EMPTY_SECONDS)
+                    return program.wait(timeout) == 0
                 except subprocess.TimeoutExpired:
                     program.kill()
-                    raise StateError(f"emptying {user.home_dir} took longer than {EMPTY_SECONDS:g} s") from None
+                    return False
 
     # Files ------------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pactown_runner import Settings
+from pactown_runner.home_dirs import keep_home
+from pactown_runner.registry import Registry, Removal
+from pactown_runner.users import Users
 from tests import hostsweep
 from tests.cli.conftest import ROOT, USER, Cli, Start, run_words
 
@@ -118,6 +121,19 @@ def test_what_cannot_be_removed_is_named_and_not_forgotten(cli: Cli, settings: S
 
     hostsweep.remove_file(foreign)
     assert cli("purge", "--yes").returncode == 0
+    assert _left(settings, test_run) == []
+
+
+def test_a_home_that_was_kept_goes_as_well(cli: Cli, settings: Settings, test_run: Run) -> None:
+    cli(*run_words("touch", "file"))
+    with Registry(settings.state_dir / "registry.db") as registry:
+        users = Users(settings, registry)
+        user = users.begin_removal(USER, Removal(delete_home=False))
+        keep_home(user.home_dir, user.linux_uid)
+        users.remove_account(user)
+    done = cli("purge", "--yes")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert not settings.users_base.exists()
     assert _left(settings, test_run) == []
 
 
