@@ -8,26 +8,50 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Protocol
 
 import anyio
 
 from .ending import emptied, end_rest
 from .errors import StateError
+from .execution import Execution, execute
+from .health import look_after
 from .holdings import Claiming, Holdings, Run, ask_to_end
 from .host import LoopHost
 from .logs import LogError, LogFeed
 from .main_process import Main
 from .models import Outcome, Reason
 from .outcomes import outcome_of
+from .ports import check_ports
 from .program import Program
 
-__all__ = ["Attempt", "LeftError"]
+__all__ = ["Attempt", "LeftError", "Listener"]
 
 _log = logging.getLogger(__name__)
 
 PRESSURE_AFTER = 2.0
 """Seconds that a run must have lasted for its `Outcome` to tell of pressure: the kernel's own sampling period."""
+
+
+class Listener(Protocol):
+    """Is told what becomes of a run, in the order in which it happens, on the loop."""
+
+    def executed(self, held: Holdings) -> None:
+        """The program runs."""
+
+    def ready(self) -> None:
+        """It is ready to serve, for the first time or again."""
+
+    def unready(self, reason: str) -> None:
+        """It is no longer ready, though alive."""
+
+    def unhealthy(self, reason: str) -> None:
+        """It will be ended, because it never became ready, or is not alive any more."""
+
+    def exited(self) -> None:
+        """Its first process has exited, its time is up, or it could not be started."""
 
 
 class LeftError(Exception):
@@ -49,6 +73,9 @@ class Attempt:
         over: from here on nobody else may use what it holds.
     """
 
+    # What is asked of a service costs a task, so only those have one that are asked.
+    _care: asyncio.Task[str] | None = None
+
     def __init__(self, host: LoopHost, run: Run, feed: LogFeed) -> None:
         self.run = run
         self.held: Holdings | None = None
@@ -64,21 +91,19 @@ class Attempt:
         # A run that was taken over began before this process did.
         self._began = time.monotonic() - max(0.0, time.time() - run.started_at)
 
-    async def go(
-        self, on_executed: Callable[[Holdings], None], on_exit: Callable[[], None], claiming: Claiming | None
-    ) -> Outcome:
+    async def go(self, listener: Listener, claiming: Claiming | None) -> Outcome:
         """Begin and end it.
 
         Args:
             claiming: how it comes by its name. None: a dead owner left it running, and it is gone on with.
-            on_executed: called when the program runs.
-            on_exit: called when its first process has exited, it could not be started, or its time is up.
 
         Raises:
             LeftError: see `leave`.
             RunnerError, CgroupError, OSError: it could not be started, or not be ended.
         """
         try:
+            if any(probe and probe.port for probe in (self.run.spec.ready, self.run.spec.alive)):
+                check_ports()
             held = await self._take(claiming)
             failure: Exception | None = None
             try:
@@ -90,15 +115,17 @@ class Attempt:
                 held.pump.start()
                 self.started = True
                 self._monitor(held, adopted=claiming is None)
-                on_executed(held)
+                listener.executed(held)
                 self.executed.set()
+                self._look_after(held, listener)
                 await self._first_exit(held)
             except Exception as error:
                 failure = error
+            await self._look_away()
             if self._leaving:
                 self._leave(held)
                 raise LeftError
-            on_exit()
+            listener.exited()
             outcome = await self._give_back(held)
             if failure is not None:
                 raise failure
@@ -130,6 +157,70 @@ class Attempt:
             adopted=adopted,
         )
 
+    def _look_after(self, held: Holdings, listener: Listener) -> None:
+        """Ask it whether it is ready and alive, if anybody wants to know."""
+        spec = self.run.spec
+        if spec.ready is None and spec.alive is None:
+            listener.ready()
+            return
+
+        def unwell(care: asyncio.Task[str]) -> None:
+            if care.cancelled() or self.over or self._ending is not None:
+                return
+            if (error := care.exception()) is not None:
+                _log.error("nobody looks after %s any more", held.place, exc_info=error)
+                return
+            listener.unhealthy(care.result())
+            self._ending = "unhealthy"
+            self.hasten(0.0)
+
+        self._care = asyncio.create_task(
+            look_after(
+                spec,
+                held.cgroup,
+                self._answers,
+                on_ready=listener.ready,
+                on_unready=listener.unready,
+                age=time.monotonic() - self._began,
+            )
+        )
+        self._care.add_done_callback(unwell)
+
+    async def _look_away(self) -> None:
+        if self._care is not None:
+            self._care.cancel()
+            await asyncio.wait([self._care])
+
+    async def execute(
+        self,
+        argv: str | Sequence[str],
+        *,
+        stdin: bytes | bool | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | PurePosixPath | None = None,
+    ) -> Execution:
+        """Execute a further program in its cgroup; see `Sandbox.exec`."""
+        if self.held is None or self.over:
+            raise StateError("the sandbox does not run", remedy="start it first")
+        return await execute(
+            self._host,
+            self.held.user,
+            self.run.spec,
+            self.held.cgroup,
+            argv,
+            first=self.program.pidfd,
+            stdin=stdin,
+            env=env,
+            cwd=cwd,
+        )
+
+    async def _answers(self, command: str | Sequence[str], timeout: float) -> bool:
+        """Run a program beside it: whether that exits with code 0 within `timeout` seconds."""
+        with anyio.move_on_after(timeout):
+            async with await self.execute(command) as execution:
+                return (await execution.communicate()).status.exit_code == 0
+        return False
+
     async def _first_exit(self, held: Holdings) -> None:
         """Wait until the program has exited, or its time is up; when asked to end, for all of its processes."""
         if self.run.spec.timeout is not None:
@@ -148,6 +239,9 @@ class Attempt:
         """
         if self.over or self.held is None:
             return
+        if self._care is not None:
+            # One that ends in order stops answering first.
+            self._care.cancel()
         # The deadline first: it is enforced even if the caller goes away in the meantime.
         self._ending = self._ending or reason
         self.hasten(grace)
@@ -213,6 +307,8 @@ class Attempt:
     def let_go(self) -> None:
         """End it without waiting; the registry keeps its row, and the next owner finishes what is left."""
         if self.held is not None and not self.over:
+            if self._care is not None:
+                self._care.cancel()
             self._host.monitor.discard(self.run.run_id)
             self.held.let_go()
         self.program.close()

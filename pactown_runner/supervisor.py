@@ -18,12 +18,13 @@ from anyio import to_thread
 
 from .admission import Admission, raise_descriptor_limit
 from .config import Settings
+from .course import Beginning, Course
 from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError, TreeError
 from .events import EventBus, EventReader
 from .exits import reap_late
 from .holdings import Run
 from .homes import SandboxFiles
-from .host import LoopHost
+from .host import Claim, LoopHost
 from .logs import LogHub, LogPaths, read_log
 from .models import IsolatedUser, LogRecord, Outcome, State
 from .monitor import Monitor
@@ -181,7 +182,7 @@ class Supervisor:
         async with anyio.create_task_group() as ending:
             for sandbox in list(self._sandboxes.values()):
                 leave = self.settings.on_exit == "leave" and sandbox.run.kind == "service"
-                ending.start_soon(_quietly, sandbox, sandbox.leave if leave else sandbox.end)
+                ending.start_soon(_quietly, sandbox, sandbox.course.leave if leave else sandbox.course.end)
         if self._tasks:
             await asyncio.wait(self._tasks)
         if host is not None:
@@ -190,7 +191,7 @@ class Supervisor:
     def hasten(self) -> None:
         """Let all grace be over, here and now: what was asked to end, or will be, is killed at once."""
         for sandbox in self._sandboxes.values():
-            sandbox.hasten()
+            sandbox.course.hasten()
 
     def events(self) -> EventReader:
         """What happens to users and sandboxes from now on; `async for` reads it, until the supervisor ends.
@@ -307,19 +308,26 @@ class Supervisor:
             if there.state is not State.CRASH_LOOPING:
                 raise AlreadyRunningError(f"service {spec.service_id!r} of user {spec.user_id!r} runs already")
             # Somebody tries anew, with another command perhaps.
-            await there.end()
+            await there.course.end()
         self._host.admission.check(spec, len(self._sandboxes))
         run = Run(spec, kind, secrets.token_hex(8), time.time())
-        sandbox = self._watch_over(Sandbox(self._host, run, self._forget))
+        sandbox = self._watch_over(self._host, run, "new")
         try:
             yield sandbox
         except asyncio.CancelledError:
             await self._end_abandoned(sandbox)
             raise
 
-    def _watch_over(self, sandbox: Sandbox) -> Sandbox:
-        self._sandboxes[sandbox.user_id, sandbox.service_id] = sandbox
-        task = asyncio.create_task(sandbox.live())
+    def _watch_over(self, host: LoopHost, run: Run, beginning: Beginning, claim: Claim | None = None) -> Sandbox:
+        name = (run.spec.user_id, run.spec.service_id)
+
+        def forget() -> None:
+            if self._sandboxes.get(name) is sandbox:
+                del self._sandboxes[name]
+
+        course = Course(host, run, forget, beginning=beginning, claim=claim)
+        self._sandboxes[name] = sandbox = Sandbox(host, course)
+        task = asyncio.create_task(course.live())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return sandbox
@@ -331,11 +339,6 @@ class Supervisor:
         stopping.add_done_callback(self._tasks.discard)
         with anyio.CancelScope(shield=True):
             await asyncio.wait([stopping])
-
-    def _forget(self, sandbox: Sandbox) -> None:
-        name = (sandbox.user_id, sandbox.service_id)
-        if self._sandboxes.get(name) is sandbox:
-            del self._sandboxes[name]
 
     # What dead owners left --------------------------------------------------------------------------------------
 
@@ -377,13 +380,12 @@ class Supervisor:
         except Exception as error:
             _log.error("cannot go on with %s, which another supervisor left: %s", found.row.cgroup, error)
             return False
-        self._watch_over(Sandbox(host, run, self._forget, beginning="lost", claim=found.claim))
+        self._watch_over(host, run, "lost", found.claim)
         return True
 
     async def _adopt(self, host: LoopHost, run: Run, found: Found) -> bool:
         try:
-            sandbox = Sandbox(host, run, self._forget, beginning="adopt", claim=found.claim)
-            await self._watch_over(sandbox).started()
+            await self._watch_over(host, run, "adopt", found.claim).started()
         except Exception as error:
             # Where nothing ran, because its start was cut short perhaps, nothing is lost.
             level = logging.ERROR if found.populated else logging.INFO
@@ -401,7 +403,7 @@ class Supervisor:
                 continue
             if (spec.user_id, spec.service_id) not in self._sandboxes:
                 run = Run(spec, "service", secrets.token_hex(8), time.time())
-                self._watch_over(Sandbox(host, run, self._forget, beginning="return"))
+                self._watch_over(host, run, "return")
 
 
 class SupervisorUsers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from pactown_runner.errors import NotFoundError, SpecError, StartError, StateErr
 from pactown_runner.events import EventReader
 from pactown_runner.models import Event, State
 from pactown_runner.registry import Registry
-from pactown_runner.specs import RestartMode, RestartPolicy, SandboxSpec
+from pactown_runner.specs import Probe, RestartMode, RestartPolicy, SandboxSpec
 from tests.supervising import (
     PATIENCE,
     USER,
@@ -27,6 +28,7 @@ from tests.supervising import (
     leftovers,
     line_of,
     lines,
+    python,
     soon,
     spec,
 )
@@ -108,7 +110,7 @@ async def test_a_service_that_keeps_failing_is_left_alone(supervisor: Supervisor
         assert (outcome.exit_code, sandbox.state, sandbox.restarts) == (3, State.CRASH_LOOPING, 2)
         assert supervisor.get(USER, "api") is sandbox
         kinds = [event.kind for event in await until(events, "crash-looping")]
-        assert kinds == ["started", "restarted", "restarted", "crash-looping"]
+        assert kinds == ["started", "ready", "restarted", "ready", "restarted", "ready", "crash-looping"]
         # A restart by hand gives it a new budget.
         await soon(sandbox.restart())
         outcome = await soon(sandbox.wait())
@@ -208,9 +210,81 @@ async def test_changed_limits_hold_for_later_runs(supervisor: Supervisor) -> Non
     sandbox = await supervisor.start(spec(SLEEP))
     # Nothing that this host may be unable to enforce.
     await sandbox.set_limits(Limits())
-    assert [event.kind for event in await until(events, "limit-changed")] == ["started", "limit-changed"]
+    assert [event.kind for event in await until(events, "limit-changed")] == ["started", "ready", "limit-changed"]
     await soon(sandbox.restart(grace=0))
     assert sandbox.spec.limits == Limits()
+
+
+# ---- Readiness and liveness
+
+SERVER = """
+import http.server, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if os.path.exists(self.path.strip("/")) else 503)
+        self.end_headers()
+    def log_message(self, *args):
+        pass
+server = http.server.HTTPServer(("127.0.0.1", int(os.environ["PORT"])), Handler)
+print("ready", flush=True)
+server.serve_forever()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@each_loop
+async def test_a_service_is_ready_when_its_probe_says_so_and_ended_when_it_is_dead(supervisor: Supervisor) -> None:
+    port = free_port()
+    events = supervisor.events()
+    with leaves_nothing(supervisor.settings):
+        sandbox = await supervisor.start(
+            spec(
+                python(SERVER),
+                env={"PORT": str(port)},
+                ready=Probe(port=port, path="/up", interval=0.02, failures=1),
+                alive=Probe(command="test ! -e dead", interval=0.02, failures=2),
+                restart=policy("on-failure"),
+            )
+        )
+        await line_of(sandbox)
+        assert not sandbox.ready
+        waiting = asyncio.create_task(sandbox.until_ready())
+        await (await sandbox.exec("touch up")).wait()
+        await soon(waiting)
+        await eventually(lambda: sandbox.ready)
+        await (await sandbox.exec(["rm", "up"])).wait()
+        lost = (await until(events, "unhealthy"))[-1]
+        assert "503" in lost.details["reason"]
+        assert (sandbox.state, sandbox.ready) == (State.RUNNING, False)
+        await (await sandbox.exec("touch up dead")).wait()
+        dead = await until(events, "restarted")
+        assert [event.kind for event in dead if event.kind != "ready"] == ["unhealthy", "restarted"]
+        assert sandbox.last_outcome is not None
+        assert sandbox.last_outcome.reason == "unhealthy"
+        await soon(sandbox.stop())
+
+
+async def test_one_that_never_gets_ready_is_ended(supervisor: Supervisor) -> None:
+    sandbox = await supervisor.start(spec(SLEEP, ready=Probe(port=free_port(), interval=0.02, within=0.2)))
+    with pytest.raises(StateError):
+        await soon(sandbox.until_ready())
+    assert (await soon(sandbox.wait())).reason == "unhealthy"
+
+
+async def test_one_that_ends_in_order_is_not_taken_for_dead(supervisor: Supervisor) -> None:
+    alive = Probe(command="test ! -e dead", interval=0.01, failures=1)
+    sandbox = await supervisor.start(
+        spec("trap 'touch dead; sleep 0.3; exit 0' TERM; echo ready; while :; do sleep 0.01; done", alive=alive)
+    )
+    await line_of(sandbox)
+    await soon(sandbox.until_ready())
+    outcome = await soon(sandbox.stop(grace=10))
+    assert (outcome.reason, outcome.exit_code) == ("stopped", 0)
 
 
 # ---- Services that come back
@@ -283,7 +357,8 @@ async def work(supervisor):
         os.kill(pid, 9)
     await eventually(lambda: all(map(_has_ended, pids)))
     async with Supervisor(settings=settings) as supervisor:
-        assert sorted(one.service_id for one in supervisor.list()) == ["always", "on-failure"]
+        # The third is taken over as well, and found to have ended.
+        await eventually(lambda: sorted(one.service_id for one in supervisor.list()) == ["always", "on-failure"])
         for sandbox in supervisor.list():
             await line_of(sandbox, "run 2")
             assert sandbox.last_outcome is not None
