@@ -1,0 +1,175 @@
+"""Exports and imports killed at any moment: the home is the old one or the new one, the archive whole or none."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pactown_runner.archives import HOLD, export_home, import_home, sweep_fresh_homes, thaw_held
+from pactown_runner.config import Settings
+from pactown_runner.models import IsolatedUser
+from pactown_runner.supervisor import Supervisor
+from tests.archives.trees import Look, as_tenant, differences, looks
+from tests.supervising import USER, Start, eventually, leftovers, line_of, processes_of, spec
+
+pytestmark = pytest.mark.host
+
+IMPORT = """
+from pactown_runner.archives import import_home
+async def work(supervisor):
+    user = await supervisor.users.get_or_create("auth0|123456")
+    await say("ready")
+    archive = Path(await told())
+    await asyncio.to_thread(import_home, supervisor._host, user, archive)
+    await say("done")
+    await told()
+"""
+EXPORT = IMPORT.replace("import_home", "export_home")
+
+TREE = """
+import os, sys
+number = sys.argv[1]
+for folder in range(20):
+    os.makedirs("sandboxes/%s/%d" % (number, folder))
+    for name in range(20):
+        with open("sandboxes/%s/%d/%d" % (number, folder, name), "w") as file:
+            file.write(number * 1000)
+with open("number", "w") as file:
+    file.write(number)
+"""
+
+
+def fresh(settings: Settings) -> list[Path]:
+    return [path for path in settings.users_base.iterdir() if path.name.startswith(".fresh")]
+
+
+async def two_homes(settings: Settings) -> tuple[IsolatedUser, dict[str, Path], dict[str, dict[bytes, Look]]]:
+    """A tenant, two archives of what its home may be, and how it looks then."""
+    archives, homes = {}, {}
+    async with Supervisor(settings=settings) as supervisor:
+        user = await supervisor.users.get_or_create(USER)
+        empty = settings.users_base / "empty.tar.gz"
+        assert supervisor._host is not None
+        await asyncio.to_thread(export_home, supervisor._host, user, empty)
+        for number in "12":
+            await asyncio.to_thread(import_home, supervisor._host, user, empty)
+            as_tenant(user, TREE, number)
+            archives[number] = settings.users_base / f"{number}.tar.gz"
+            await asyncio.to_thread(export_home, supervisor._host, user, archives[number])
+            homes[number] = looks(user.home_dir)
+    return user, archives, homes
+
+
+def moments(settings: Settings, user: IsolatedUser) -> dict[str, Callable[[], bool]]:
+    """When to kill, other than at random: as soon as one of these is so."""
+    inode = user.home_dir.stat().st_ino
+
+    def filled() -> int:
+        return sum(
+            len(names) for path in fresh(settings) for _, folders, files in os.walk(path) for names in (folders, files)
+        )
+
+    return {
+        "made": lambda: bool(fresh(settings)),
+        "begun": lambda: filled() > 0,
+        "half": lambda: filled() > 200,
+        "swapped": lambda: user.home_dir.stat().st_ino != inode,
+        "emptied": lambda: user.home_dir.stat().st_ino != inode and filled() < 300,
+        "removed": lambda: user.home_dir.stat().st_ino != inode and not fresh(settings),
+    }
+
+
+ROUNDS = int(os.environ.get("PACTOWN_ARCHIVE_KILLS", "6"))
+"""So many kills at random moments."""
+
+
+@pytest.mark.deadline(600)
+async def test_a_killed_import_is_one_or_none(settings: Settings, child: Start) -> None:
+    user, archives, homes = await two_homes(settings)
+    found = []
+    names = list(moments(settings, user))
+    for name in [*names, *["at random"] * ROUNDS]:
+        before = (user.home_dir / "number").read_text()
+        process = child(IMPORT, role="one-shot")
+        assert await process.line() == "ready"
+        watched = moments(settings, user)
+        process.tell(str(archives["2" if before == "1" else "1"]))
+        if name in watched:
+            while not watched[name]():
+                await asyncio.sleep(0)
+        else:
+            await asyncio.sleep(random.uniform(0, 0.6))
+        await process.killed()
+        async with Supervisor(settings=settings, role="one-shot") as successor:
+            assert successor._host is not None
+            await asyncio.to_thread(sweep_fresh_homes, successor._host)
+            number = (user.home_dir / "number").read_text()
+            assert differences(homes[number], looks(user.home_dir)) == [], name
+            assert fresh(settings) == []
+            assert successor._host.registry.rows() == []
+        assert processes_of(user.linux_uid) == {}
+        found.append((name, number != before))
+    assert not leftovers(settings)
+    assert {new for _, new in found} == {True, False}
+
+
+@pytest.mark.deadline(600)
+async def test_a_killed_export_leaves_nothing(settings: Settings, child: Start, users_base: Path) -> None:
+    user, archives, _ = await two_homes(settings)
+    out = users_base / "out"
+    out.mkdir()
+    for older in (False, True) * ROUNDS:
+        target = out / "archive.tar.gz"
+        target.unlink(missing_ok=True)
+        if older:
+            target.write_bytes(archives["1"].read_bytes())
+        process = child(EXPORT, role="one-shot")
+        assert await process.line() == "ready"
+        process.tell(str(target))
+        await asyncio.sleep(random.uniform(0, 0.3))
+        await process.killed()
+        names = os.listdir(out)
+        if names == ["archive.tar.gz"]:
+            with tarfile.open(target) as tar:
+                assert tar.getnames()[-1] == "pactown-manifest.jsonl"
+        else:
+            assert not older
+            assert names == []
+        async with Supervisor(settings=settings, role="one-shot") as successor:
+            assert successor._host is not None
+            assert successor._host.registry.rows() == []
+        assert processes_of(user.linux_uid) == {}
+
+
+async def test_what_a_killed_export_had_frozen_is_thawed(settings: Settings, child: Start, users_base: Path) -> None:
+    # So that nobody else comes first.
+    settings = replace(settings, takeover_interval=3600.0)
+    async with Supervisor(settings=settings) as supervisor:
+        host = supervisor._host
+        assert host is not None
+        await line_of(await supervisor.start(spec("echo ready; while :; do :; done")))
+        user = await supervisor.users.get_or_create(USER)
+        as_tenant(user, 'import os; open("big", "wb").write(os.urandom(64 << 20))')
+        process = child(EXPORT, role="one-shot")
+        assert await process.line() == "ready"
+        process.tell(str(users_base / "archive.tar.gz"))
+        with host.tree.open_scope(f"pactown-{user.key}.slice", "api.scope") as scope:
+            await eventually(scope.frozen)
+            await process.killed()
+            assert scope.frozen()
+            row = host.registry.row(user.key, HOLD)
+            assert row is not None
+            await asyncio.to_thread(thaw_held, host, user.key)
+            await eventually(lambda: not scope.frozen())
+        host.registry.release(user.key, HOLD, row.run_id)
+        # Its job is ended by whoever takes it over.
+        async with Supervisor(settings=settings, role="one-shot"):
+            pass
+        assert [row.service_id for row in host.registry.rows()] == ["api"]
