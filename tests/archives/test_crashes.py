@@ -21,6 +21,9 @@ from tests.supervising import USER, Start, eventually, leftovers, line_of, proce
 
 pytestmark = pytest.mark.host
 
+ROUNDS = int(os.environ.get("PACTOWN_ARCHIVE_KILLS", "6"))
+"""So many kills at random moments."""
+
 IMPORT = """
 from pactown_runner.archives import import_home
 async def work(supervisor):
@@ -86,11 +89,7 @@ def moments(settings: Settings, user: IsolatedUser) -> dict[str, Callable[[], bo
     }
 
 
-ROUNDS = int(os.environ.get("PACTOWN_ARCHIVE_KILLS", "6"))
-"""So many kills at random moments."""
-
-
-@pytest.mark.deadline(600)
+@pytest.mark.deadline(120 + 10 * ROUNDS)
 async def test_a_killed_import_is_one_or_none(settings: Settings, child: Start) -> None:
     user, archives, homes = await two_homes(settings)
     found = []
@@ -120,7 +119,7 @@ async def test_a_killed_import_is_one_or_none(settings: Settings, child: Start) 
     assert {new for _, new in found} == {True, False}
 
 
-@pytest.mark.deadline(600)
+@pytest.mark.deadline(120 + 10 * ROUNDS)
 async def test_a_killed_export_leaves_nothing(settings: Settings, child: Start, users_base: Path) -> None:
     user, archives, _ = await two_homes(settings)
     out = users_base / "out"
