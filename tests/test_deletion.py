@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,8 +107,9 @@ def canary(test_run: Run) -> Iterator[Path]:
     hostsweep.remove_file(top)
 
 
-async def delete(host: Host, user_id: str, **options: bool) -> IsolatedUser:
-    return await soon(asyncio.to_thread(lambda: delete_user(host, user_id, **options)))
+async def delete(host: Host, user_id: str, *, delete_home: bool = True, delete_logs: bool = True) -> IsolatedUser:
+    work = partial(delete_user, host, user_id, delete_home=delete_home, delete_logs=delete_logs)
+    return await soon(asyncio.to_thread(work))
 
 
 async def make(supervisor: Supervisor, user_id: str, command: str | list[str] = "true") -> IsolatedUser:
@@ -281,6 +283,24 @@ async def test_what_runs_keeps_its_user(supervisor: Supervisor, host: Host, own:
     assert sandbox.state == "running"
     await soon(sandbox.stop(grace=0))
     await delete(host, own)
+
+
+async def test_a_removal_can_be_given_up_and_is_finished_later(
+    supervisor: Supervisor, host: Host, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = await make(supervisor, own)
+    monkeypatch.setattr(traces, "_EMPTY_HOME", "touch emptying; exec sleep 1000")
+    give_up = threading.Event()
+    work = asyncio.create_task(asyncio.to_thread(lambda: delete_user(host, own, give_up=give_up)))
+    await eventually((user.home_dir / "emptying").exists)
+    give_up.set()
+    with pytest.raises(StateError, match="given up"):
+        await soon(work)
+    assert processes_of(user.linux_uid) == {}
+    assert host.registry.rows() == []
+    assert await asyncio.to_thread(lambda: finish_removals(host, give_up=give_up)) == []
+    monkeypatch.undo()
+    assert await asyncio.to_thread(finish_removals, host) == [user]
 
 
 async def test_two_removals_of_one_user_do_not_meet(
@@ -515,7 +535,7 @@ async def test_a_directory_that_is_swapped_meanwhile_leads_nowhere(
         with running_as(other.linux_uid, source), removal._claimed(host, user) as claim:
             _caught(canary, top, user.linux_uid)
             script = f"sweep='{traces._CLEAR_PUBLIC}'\n{LURE}"
-            removal._Work(host, user, claim).run(script, "/", 120, str(top), str(user.linux_uid))
+            removal._Work(host, user, claim, threading.Event()).run(script, "/", 120, str(top), str(user.linux_uid))
 
     try:
         await soon(asyncio.to_thread(race), 120)

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,8 +44,18 @@ REMOVAL = "_removal"
 REAP_SECONDS = 1.0
 """For a helper to be reaped when it has ended."""
 
+_LOOK_AGAIN = 0.5
+"""Seconds until the next look at whether a removal is to be given up."""
 
-def delete_user(host: Host, user_id: str, *, delete_home: bool = True, delete_logs: bool = True) -> IsolatedUser:
+
+def delete_user(
+    host: Host,
+    user_id: str,
+    *,
+    delete_home: bool = True,
+    delete_logs: bool = True,
+    give_up: threading.Event | None = None,
+) -> IsolatedUser:
     """Delete a user, with all that carries its uid on this host; returns who that was.
 
     Its sandboxes have been stopped, in every process that shares the state. Key and uid stay taken, and are this id's
@@ -54,34 +65,41 @@ def delete_user(host: Host, user_id: str, *, delete_home: bool = True, delete_lo
     Args:
         delete_home: else the home becomes root's, with all that is in it, until the user is made again.
         delete_logs: else they stay where they are.
+        give_up: lets another thread end it, within a second as a rule.
 
     Raises:
         NotFoundError: there is no such user.
         AccountError: the account is not what we made, and nothing was changed; or it cannot be deleted.
-        StateError: something is meant to run for the user, somebody else removes it just now, or something that was
-            killed is not gone.
+        StateError: something is meant to run for the user, somebody else removes it just now, something that was killed
+            is not gone, or it was given up.
         FilesError: the home cannot be emptied.
     """
     host.users.check_ours(user_id)
     removal = Removal(delete_home, delete_logs)
     user = host.users.begin_removal(user_id, removal)
-    _finish(host, user, removal)
+    _finish(host, user, removal, give_up or threading.Event())
     return user
 
 
-def finish_removals(host: Host) -> list[IsolatedUser]:
+def finish_removals(host: Host, *, give_up: threading.Event | None = None) -> list[IsolatedUser]:
     """Finish the removals that dead processes, or errors, left half-done; returns the users that are gone by it.
 
     It may take as long as the removals themselves. What cannot be finished is logged, and left for the next time. To be
     called after what dead owners left has been taken over.
+
+    Args:
+        give_up: as for `delete_user`.
     """
+    give_up = give_up or threading.Event()
     gone = []
     for user in host.users.unfinished_removals():
+        if give_up.is_set():
+            break
         if host.registry.row(user.key, REMOVAL) is not None:
             continue  # somebody is at it
         try:
             host.users.check_ours(user.saas_user_id)
-            _finish(host, user, host.users.removal(user))
+            _finish(host, user, host.users.removal(user), give_up)
         except (RunnerError, CgroupError, OSError) as error:
             _log.error("cannot finish the removal of user %s: %s", user.linux_username, error)
         else:
@@ -89,11 +107,11 @@ def finish_removals(host: Host) -> list[IsolatedUser]:
     return gone
 
 
-def _finish(host: Host, user: IsolatedUser, removal: Removal) -> None:
+def _finish(host: Host, user: IsolatedUser, removal: Removal, give_up: threading.Event) -> None:
     # In other processes the claims find out.
     host.known.pop(user.saas_user_id, None)
     with _claimed(host, user) as claim:
-        work = _Work(host, user, claim)
+        work = _Work(host, user, claim, give_up)
         work.end_slice()
         if not removal.delete_home:
             # First: the home may lie in a public place, and what it holds does carry the uid.
@@ -140,6 +158,7 @@ class _Work:
     host: Host
     user: IsolatedUser
     claim: Claim
+    give_up: threading.Event
 
     def end_slice(self) -> None:
         """Kill what runs in the tenant's slice."""
@@ -176,14 +195,24 @@ class _Work:
             null = subprocess.DEVNULL
             program, _ = launch_popen(spec, scope.fd, null, null, null)
             try:
-                return program.wait(timeout) == 0
-            except subprocess.TimeoutExpired:
-                _log.error("a helper of the removal of %s took longer than %g s", self.user.linux_username, timeout)
-                return False
+                return self._wait(program, timeout) == 0
             finally:
                 with contextlib.suppress(GoneError):
                     scope.kill()
                 self._reap(program)
+
+    def _wait(self, program: subprocess.Popen[bytes], timeout: float) -> int | None:
+        """The exit code, or None if it has not ended in time."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.give_up.is_set():
+                raise StateError(
+                    f"the removal of user {self.user.linux_username} was given up half-way", remedy="remove it again"
+                )
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return program.wait(_LOOK_AGAIN)
+        _log.error("a helper of the removal of %s took longer than %g s", self.user.linux_username, timeout)
+        return None
 
     def _reap(self, program: subprocess.Popen[bytes]) -> None:
         try:
