@@ -194,6 +194,21 @@ class Tree:
         """
         return self.root.child(slice_, name)
 
+    def open_run(self, key: str, name: str, run_id: str) -> Cgroup:
+        """Open the scope that was made for this run.
+
+        Raises:
+            GoneError: it has been removed since, or another run's is in its place.
+        """
+        scope = self.open_scope(slice_name(key), f"{name}.scope")
+        try:
+            if (scope.marks(_STATE), scope.marks(_RUN)) != (self._state_id, run_id.encode()):
+                raise GoneError(f"{scope.path} is not run {run_id}'s", path=str(scope.path))
+        except BaseException:
+            scope.close()
+            raise
+        return scope
+
     def scopes(self) -> Iterator[Scope]:
         """All scopes that bear this state's mark."""
         for slice_ in _closing(self.root.children()):

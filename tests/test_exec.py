@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 import pytest
 
+from cgroups import GoneError
 from pactown_runner import Sandbox, Settings, State, Supervisor, execution, program
 from pactown_runner.errors import RunnerError, SpecError, StartError, StateError
 from pactown_runner.execution import Execution, execute
@@ -490,6 +491,15 @@ async def test_many_at_once(supervisor: Supervisor, api: Sandbox, settings: Sett
         made = await asyncio.gather(*(exec_in(supervisor, api, ["cat"], stdin=b"%d" % n) for n in range(20)))
         done = await soon(asyncio.gather(*(execution.communicate() for execution in made)))
         assert [one.stdout for one in done] == [b"%d" % n for n in range(20)]
+
+
+async def test_a_scope_is_opened_for_its_own_run_alone(supervisor: Supervisor, api: Sandbox) -> None:
+    tree, key = host_of(supervisor).tree, api.user.key
+    with tree.open_run(key, "api", api.run_id) as cgroup:
+        assert cgroup.pids() == [api.pid]
+    for name, run_id in (("api", "another"), ("another", api.run_id)):
+        with pytest.raises(GoneError):
+            tree.open_run(key, name, run_id)
 
 
 # ---- Where it is refused

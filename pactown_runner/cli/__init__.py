@@ -52,6 +52,6 @@ def _run(words: list[str]) -> int:
         return end.status
     except SystemExit as end:
         # A program that is run may well end with 2 itself: its caller has to be able to tell.
-        is_misuse = end.code == _USAGE_ERROR and words[:1] == ["run"]
+        is_misuse = end.code == _USAGE_ERROR and words[:1] in (["run"], ["exec"])
         return _RUN_FAILED if is_misuse else end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0

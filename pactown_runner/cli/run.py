@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .messages import Ended, errors_told, write_json
-from .options import Config, Raw, UsersBase, load_settings
+from .options import Config, Cwd, Env, Raw, Stdin, UsersBase, environment_of, load_settings
 
 if TYPE_CHECKING:
     from cgroups import Limits
@@ -65,22 +65,9 @@ def run(
             show_default=False,
         ),
     ] = None,
-    env: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--env", metavar="NAME=VALUE", help="Add to the environment, of which nothing of yours is passed on."
-        ),
-    ] = None,
-    cwd: Annotated[
-        str | None,
-        typer.Option(
-            "--cwd", metavar="PATH", help="Relative to the service's directory, or absolute.", show_default=False
-        ),
-    ] = None,
-    stdin: Annotated[
-        bool,
-        typer.Option("-i", "--stdin", help="Feed it this command's standard input, through a pipe. Else it is empty."),
-    ] = False,
+    env: Env = None,
+    cwd: Cwd = None,
+    stdin: Stdin = False,
     timeout: Annotated[
         float | None,
         typer.Option("--timeout", metavar="SECONDS", help="Kill it after that long.", show_default=False),
@@ -129,7 +116,7 @@ def run(
             command=command,
             user=user,
             service=service,
-            env=env or [],
+            env=environment_of(env or []),
             cwd=cwd,
             stdin=stdin,
             timeout=timeout,
@@ -149,7 +136,7 @@ def _spec(
     command: list[str],
     user: str,
     service: str | None,
-    env: list[str],
+    env: dict[str, str],
     cwd: str | None,
     stdin: bool,
     timeout: float | None,
@@ -159,17 +146,13 @@ def _spec(
     from ..errors import SpecError  # noqa: PLC0415
     from ..specs import SandboxSpec  # noqa: PLC0415
 
-    pairs = [word.partition("=") for word in env]
-    for name, sign, _ in pairs:
-        if not sign:
-            raise SpecError(f"--env {name} has no value", remedy=f"--env {name}=VALUE; nothing is passed on by name")
     if timeout is not None and not timeout > 0:
         raise SpecError(f"--timeout must be more than 0 seconds, not {timeout:g}")
     return SandboxSpec(
         user_id=user,
         service_id=f"run-{secrets.token_hex(6)}" if service is None else service,
         command=command,
-        env={name: value for name, _, value in pairs},
+        env=env,
         cwd=cwd,
         stdin=stdin,
         timeout=timeout,

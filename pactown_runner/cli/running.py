@@ -11,17 +11,16 @@ import asyncio
 import contextlib
 import os
 import signal
-import threading
 from collections.abc import Iterator
-from concurrent.futures import CancelledError as LoopEndedError
 from typing import Any, NamedTuple
 
 from ..config import Settings
-from ..errors import RunnerError, StateError
+from ..errors import RunnerError
 from ..models import Outcome
 from ..sandbox import Sandbox
 from ..specs import SandboxSpec
 from ..supervisor import Supervisor
+from .feeding import feed
 from .messages import NO_READER, say
 from .output import Output, relay
 
@@ -29,8 +28,6 @@ __all__ = ["RunEnd", "exit_code", "run_to_end"]
 
 LAST_WORDS_SECONDS = 1.0
 """For a reader to take what the program wrote before we were interrupted. One that does not read never will."""
-
-READ_BYTES = 1 << 16
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -95,7 +92,7 @@ class _Run:
                     return RunEnd(128 + self._signal)
                 sandbox = await self._supervisor.start_run(self._spec)
                 if self._spec.stdin:
-                    _feed(sandbox, asyncio.get_running_loop())
+                    feed(sandbox, asyncio.get_running_loop())
                 outcome = await self._follow(sandbox)
                 # Within the supervisor's life: it would not wait for a stop that is under way.
                 if self._stopping:
@@ -172,28 +169,3 @@ async def _end(sandbox: Sandbox, *, at_once: bool) -> None:
     # Why it failed is told to whoever waits for the sandbox.
     with contextlib.suppress(RunnerError):
         await (sandbox.kill() if at_once else sandbox.stop())
-
-
-def _feed(sandbox: Sandbox, loop: asyncio.AbstractEventLoop) -> None:
-    """Pass our standard input on in a thread: regular files and terminals cannot all be waited for in the loop."""
-    threading.Thread(target=_feed_all, args=(sandbox, loop), name="pactown-input", daemon=True).start()
-
-
-def _feed_all(sandbox: Sandbox, loop: asyncio.AbstractEventLoop) -> None:
-    # The program has ended, or wants no more: then there is nothing left to do here, nor anything to tell.
-    with contextlib.suppress(StateError, LoopEndedError, RuntimeError):
-        while data := _read():
-            sending = sandbox.send(data)
-            try:
-                asyncio.run_coroutine_threadsafe(sending, loop).result()
-            except RuntimeError:
-                sending.close()
-                raise
-        loop.call_soon_threadsafe(sandbox.close_stdin)
-
-
-def _read() -> bytes:
-    try:
-        return os.read(0, READ_BYTES)
-    except OSError:
-        return b""

@@ -1,0 +1,63 @@
+"""`pactown-runner exec`: a further program in a service that runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .messages import Ended, errors_told
+from .options import Config, Cwd, Env, Raw, Stdin, UsersBase, environment_of, load_settings
+
+__all__ = ["register"]
+
+EXEC_FAILED = 125
+"""The exit code of env(1), timeout(1) and container engines for "it was never started"."""
+
+_EPILOG = """\
+[bold]Exit code[/bold]: the program's own; 128 + n if signal n ended it, which is 137 when the service ends; 125 if it
+was not executed; 130 and 143 after control-C and SIGTERM; 141 if nobody reads the output any more.
+
+[bold]Examples[/bold]
+
+pactown-runner exec --user alice --service my-api -- ps -ef
+
+pactown-runner exec --user alice --service my-api -i -- sqlite3 data.db < query.sql"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "exec",
+        epilog=_EPILOG,
+        # The first word that is no option begins the command, whether `--` stands before it or not.
+        context_settings={"allow_interspersed_args": False},
+    )(execute)
+
+
+def execute(
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND...", help="Executed as it is; no shell.", show_default=False)
+    ],
+    *,
+    user: Annotated[str, typer.Option("--user", metavar="ID", help="The tenant's id.", show_default=False)],
+    service: Annotated[str, typer.Option("--service", metavar="NAME", help="A service that runs.", show_default=False)],
+    env: Env = None,
+    cwd: Cwd = None,
+    stdin: Stdin = False,
+    raw: Raw = False,
+    users_base: UsersBase = None,
+    config: Config = None,
+) -> None:
+    """Execute a further program in a service that runs, whichever process looks after that.
+
+    It is born in the service's cgroup, with its identity, environment and namespaces; counts against its limits; and
+    ends with it. Its output comes out here and not in the log. When this command is interrupted, the program is killed;
+    what it has started stays a part of the service.
+    """
+    with errors_told(EXEC_FAILED, as_json=False):
+        settings = load_settings(users_base, config)
+        added = environment_of(env or [])
+        from .executing import execute_to_end  # noqa: PLC0415 - asyncio, and all that executes
+
+        raise Ended(execute_to_end(settings, user, service, command, env=added, cwd=cwd, stdin=stdin, raw=raw))
