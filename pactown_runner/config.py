@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -12,6 +13,8 @@ from typing import Any, Literal, Self
 from cgroups import FormatError, Limits, parse_bytes
 
 from .errors import ConfigError
+from .tiers import DEFAULT_TIERS, Tier, parse_tiers
+from .tokens import Token, parse_tokens
 
 __all__ = ["DEFAULT_CONFIG", "DEFAULT_USERS_BASE", "Settings"]
 
@@ -62,6 +65,21 @@ class Settings:
         archive_max_entries: the most files, folders and links in an exported or imported home.
         archive_max_depth: the most folders within each other there.
         archive_max_ratio: the most bytes that may come of each byte of an archive, once they are 64 MiB together.
+        api_socket: the socket that the API is served on, relative to `run_dir` or absolute; empty for none. Root may
+            use it, whoever runs the server, and `api_group`.
+        api_group: the name of a group whose members may use it as well; None for nobody else.
+        api_listen: an address and port, such as `127.0.0.1:8600`, to serve the API on by TCP as well, where a token is
+            needed; None for no TCP. It is not encrypted: beyond this host it belongs behind a proxy that does that.
+        api_hosts: further names, but `localhost` and the address itself, by which callers may call the server.
+        api_origins: web pages whose scripts may call it, such as `https://admin.example`; by default none.
+        api_body_bytes: the most bytes of a request that is no file and no archive.
+        api_file_bytes: the most bytes of a file that is put or got in one request.
+        api_head_bytes: the most bytes of a request's head.
+        api_connections: how many callers may be connected at once, each by the socket and by TCP.
+        api_timeout: seconds for a request's head, between two pieces of its body, and until a caller takes a piece of
+            the answer.
+        tokens: who may call by TCP; see `tokens.Token`. In the file a table each, `[tokens.NAME]`.
+        tiers: what the operator may let tenants have; see `tiers.Tier`. In the file a table each, `[tiers.NAME]`.
     """
 
     users_base: Path = DEFAULT_USERS_BASE
@@ -94,6 +112,18 @@ class Settings:
     archive_max_entries: int = 1_000_000
     archive_max_depth: int = 128
     archive_max_ratio: int = 200
+    api_socket: str = "api.sock"
+    api_group: str | None = None
+    api_listen: str | None = None
+    api_hosts: tuple[str, ...] = ()
+    api_origins: tuple[str, ...] = ()
+    api_body_bytes: int = 1 << 20
+    api_file_bytes: int = 16 << 20
+    api_head_bytes: int = 16 << 10
+    api_connections: int = 256
+    api_timeout: float = 30.0
+    tokens: tuple[Token, ...] = ()
+    tiers: tuple[Tier, ...] = DEFAULT_TIERS
 
     def __post_init__(self) -> None:
         for name in _PATHS:
@@ -109,6 +139,7 @@ class Settings:
         if not self.uid_ranges:
             raise ConfigError("uid_ranges is empty, so no user could ever be made")
         self._check_numbers()
+        self._check_api()
         if self.tenant_limits.memory_oom_group:
             raise ConfigError(
                 "tenant_limits cannot have memory_oom_group: one service would take all of its tenant's along",
@@ -137,6 +168,30 @@ class Settings:
             )
         if self.starts_per_minute is not None and not 0 < self.starts_per_minute < float("inf"):
             raise ConfigError(f"starts_per_minute must be a number above 0, not {self.starts_per_minute!r}")
+
+    def _check_api(self) -> None:
+        if self.api_listen is not None and not _LISTEN.fullmatch(str(self.api_listen)):
+            raise ConfigError(
+                f"api_listen must be an address and a port, not {self.api_listen!r}",
+                remedy="write 127.0.0.1:8600 or [::1]:8600",
+            )
+        if not isinstance(self.api_socket, str) or "\0" in self.api_socket:
+            raise ConfigError(f"api_socket must be a path, or empty, not {self.api_socket!r}")
+        if self.api_group is not None and (not isinstance(self.api_group, str) or not self.api_group):
+            raise ConfigError(f"api_group must be the name of a group, not {self.api_group!r}")
+        for name, form in (("api_hosts", _HOST), ("api_origins", _ORIGIN)):
+            for text in getattr(self, name):
+                if not isinstance(text, str) or not form.fullmatch(text):
+                    raise ConfigError(f"{name} cannot hold {text!r}")
+        for name in ("tokens", "tiers"):
+            names = [item.name for item in getattr(self, name)]
+            if len(names) != len(set(names)):
+                raise ConfigError(f"{name} has two of one name")
+
+    @property
+    def api_socket_path(self) -> Path | None:
+        """Where the API's socket is; None for none."""
+        return self.run_dir / self.api_socket if self.api_socket else None
 
     @property
     def root_mode(self) -> bool:
@@ -175,9 +230,15 @@ def _check_whole_number(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name} must be a whole number, {least} or more, not {value!r}")
 
 
+_LISTEN = re.compile(r"(?:\[[0-9a-fA-F:.%]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}", re.ASCII)
+_HOST = re.compile(r"[A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\]", re.ASCII)
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+", re.ASCII)
 _PATHS = ("users_base", "state_dir", "log_dir", "run_dir")
 _CHOICES = {"on_crash": ("adopt", "kill"), "on_exit": ("stop", "leave"), "log_rate_policy": ("block", "drop")}
-_SIZES = ("log_rotate_bytes", "log_cap_bytes", "log_rate_bytes", "memory_reserve", "archive_max_bytes")
+_SIZES = (
+    *("log_rotate_bytes", "log_cap_bytes", "log_rate_bytes", "memory_reserve", "archive_max_bytes"),
+    *("api_body_bytes", "api_file_bytes", "api_head_bytes"),
+)
 _WHOLE_NUMBERS = {
     "log_rotate_bytes": 4096,
     "log_keep": 0,
@@ -191,11 +252,19 @@ _WHOLE_NUMBERS = {
     "archive_max_entries": 1,
     "archive_max_depth": 1,
     "archive_max_ratio": 1,
+    "api_body_bytes": 1024,
+    "api_file_bytes": 0,
+    "api_head_bytes": 1024,
+    "api_connections": 1,
 }
 """And the least that each may be."""
-_INTERVALS = ("takeover_interval", "throttled_interval")
+_INTERVALS = ("takeover_interval", "throttled_interval", "api_timeout")
 _SHARES = ("memory_pressure_share", "cpu_pressure_share", "throttled_share")
-_OPTIONAL = ("log_rate_bytes", "max_sandboxes", "max_sandboxes_per_user", "starts_per_minute", *_SHARES)
+_OPTIONAL = (
+    *("api_group", "api_listen"),
+    *("log_rate_bytes", "max_sandboxes", "max_sandboxes_per_user", "starts_per_minute"),
+    *_SHARES,
+)
 """May be `None`, which an environment variable says by the word `none`."""
 _NAMES = frozenset(item.name for item in fields(Settings))
 
@@ -226,6 +295,9 @@ def _parse(name: str, value: Any, *, source: str) -> Any:
         return None
     try:
         return _PARSERS[name](value) if name in _PARSERS else value
+    except ConfigError as error:
+        # It says enough by itself, and the value may hold what is not to be shown.
+        raise ConfigError(f"{source}: {error.message}", remedy=error.remedy) from error
     except (FormatError, TypeError, ValueError) as error:
         raise ConfigError(f"{source}: {name} cannot be {value!r}: {error}") from error
 
@@ -235,9 +307,17 @@ def _parse_ranges(value: Any) -> tuple[tuple[int, int], ...]:
     return tuple((int(first), int(last)) for first, last in pairs)
 
 
+def _parse_names(value: Any) -> tuple[str, ...]:
+    return tuple(filter(None, value.split(","))) if isinstance(value, str) else tuple(value)
+
+
+def _table(value: Any) -> Any:
+    """A table of TOML, or what is within the braces of one in the text of an environment variable."""
+    return tomllib.loads(f"x = {{{value}}}")["x"] if isinstance(value, str) else value
+
+
 def _parse_limits(value: Any) -> Limits:
-    table = tomllib.loads(f"x = {{{value}}}")["x"] if isinstance(value, str) else value
-    return Limits(**table)
+    return Limits(**_table(value))
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
@@ -246,6 +326,9 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(_SIZES, parse_bytes),
     **dict.fromkeys(("stop_grace", "starts_per_minute", *_INTERVALS, *_SHARES), float),
     **dict.fromkeys(("default_limits", "tenant_limits"), _parse_limits),
+    **dict.fromkeys(("api_hosts", "api_origins"), _parse_names),
+    "tokens": lambda value: parse_tokens(_table(value)),
+    "tiers": lambda value: parse_tiers(_table(value)),
     "uid_ranges": _parse_ranges,
 }
 """What makes a value of TOML, or the text of an environment variable, into a setting's."""
