@@ -38,6 +38,8 @@ Ts = TypeVarTuple("Ts")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _UNKNOWN = 125
+_MOMENT = 100
+"""Milliseconds."""
 
 
 def execute_to_end(
@@ -147,7 +149,7 @@ async def _to_end(
             if received:
                 return 128 + received[0]
             raise
-    if first is not None and _is_over(first):
+    if status.signal == signal.SIGKILL and first is not None and _ends(first):
         say(f"pactown-runner: service {spec.service_id!r} has ended")
     if status.signal is not None:
         return 128 + status.signal
@@ -208,7 +210,8 @@ async def _pass_on(stream: OutputPipe, fd: int, output: Output, *, raw: bool) ->
     await output.write([(fd, visible(decoder.decode(b"", final=True).encode()))])
 
 
-def _is_over(pidfd: int) -> bool:
+def _ends(pidfd: int) -> bool:
+    """Whether a process has ended, or does so in a moment: what is killed together does not end all at once."""
     end = select.poll()
     end.register(pidfd, select.POLLIN)
-    return bool(end.poll(0))
+    return bool(end.poll(_MOMENT))
