@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .config import Settings
     from .errors import RunnerError
+    from .isolation import UserIsolationManager, get_isolation_manager
     from .models import Event, IsolatedUser, IsolationReport, LogRecord, Outcome, State
     from .sandbox import Sandbox
     from .specs import Probe, RestartPolicy, SandboxSpec
@@ -36,6 +37,8 @@ __all__ = [
     "State",
     "Stats",
     "Supervisor",
+    "UserIsolationManager",
+    "get_isolation_manager",
 ]
 
 _MODULES = {
@@ -54,6 +57,8 @@ _MODULES = {
     "State": ".models",
     "Stats": "cgroups",
     "Supervisor": ".supervisor",
+    "UserIsolationManager": ".isolation",
+    "get_isolation_manager": ".isolation",
 }
 
 if not TYPE_CHECKING:  # a type checker would take every other name for one of ours, too

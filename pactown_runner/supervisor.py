@@ -26,7 +26,7 @@ from .holdings import Run
 from .homes import SandboxFiles
 from .host import Claim, LoopHost
 from .logs import LogHub, LogPaths, read_log
-from .models import IsolatedUser, LogRecord, Outcome, State
+from .models import LogRecord, Outcome, State
 from .monitor import Monitor
 from .outcomes import failed_to_start
 from .owners import Owner
@@ -34,10 +34,12 @@ from .recovery import Found, claim_left_behind, end_left_behind, end_unfinished,
 from .registry import Kind, Registry
 from .sandbox import Sandbox
 from .specs import SandboxSpec, check_service_id
+from .supervisor_users import Placed, SupervisorUsers
+from .tenant_threads import TenantThreads
 from .trees import open_tree
 from .users import Users
 
-__all__ = ["Supervisor", "SupervisorUsers"]
+__all__ = ["Supervisor"]
 
 _log = logging.getLogger(__name__)
 
@@ -91,8 +93,10 @@ class Supervisor:
         try:
             self._host = host = await to_thread.run_sync(self._open, hub)
             if host is not None:
-                self._files = SandboxFiles(host)
-                self._held.callback(self._files.close)
+                threads = TenantThreads()
+                self._held.callback(threads.close)
+                self._files = SandboxFiles(host, threads)
+                self.users.place(Placed(host, threads, self._stop_all))
                 await self._take_over(host)
                 await sweep(host)
                 self._patrol = asyncio.create_task(self._watch_owners(host), name="pactown-owners")
@@ -120,7 +124,6 @@ class Supervisor:
             LogPaths(settings.log_dir, settings.run_dir, "").prepare()
             quick = held.enter_context(Registry(registry.path, waits=False))
             users = Users(settings, registry)
-            self.users = SupervisorUsers(users)
             try:
                 tree = open_tree(
                     cgroup_slice=settings.cgroup_slice,
@@ -131,8 +134,10 @@ class Supervisor:
                 if settings.root_mode:
                     raise
                 self._refusal = error
+                self.users = SupervisorUsers(users, error)
                 self._held.push(held.pop_all())
                 return None
+            self.users = SupervisorUsers(users, self._refusal)
             held.callback(tree.close)
             threads = held.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="pactown"))
             self._held.push(held.pop_all())
@@ -158,6 +163,8 @@ class Supervisor:
         """End everything. A cancellation meanwhile is raised when all is done: what would be left, nobody would see."""
         # From here on nothing can be started.
         host, self._host, self._files = self._host, None, None
+        if host is not None:
+            self.users.place(None)
         ending = asyncio.ensure_future(self._end_all(host))
         cancelled: asyncio.CancelledError | None = None
         while not ending.done():
@@ -296,6 +303,11 @@ class Supervisor:
             async for record in records:
                 yield record
 
+    async def _stop_all(self, user_id: str) -> None:
+        async with anyio.create_task_group() as stopping:
+            for sandbox in self.list(user_id):
+                stopping.start_soon(_quietly, sandbox, sandbox.stop)
+
     @asynccontextmanager
     async def _begin(self, spec: SandboxSpec, kind: Kind) -> AsyncGenerator[Sandbox, None]:
         """Begin a sandbox's life. Whoever is cancelled within leaves nothing of it behind."""
@@ -404,25 +416,6 @@ class Supervisor:
             if (spec.user_id, spec.service_id) not in self._sandboxes:
                 run = Run(spec, "service", secrets.token_hex(8), time.time())
                 self._watch_over(host, run, "return")
-
-
-class SupervisorUsers:
-    """The SaaS users of a supervisor, asynchronously; see `users.Users`."""
-
-    def __init__(self, users: Users) -> None:
-        self._users = users
-
-    async def get_or_create(self, user_id: str) -> IsolatedUser:
-        """The user of this id; an account is made if there is none."""
-        return await to_thread.run_sync(self._users.get_or_create, user_id)
-
-    async def get(self, user_id: str) -> IsolatedUser | None:
-        """The user of this id, or None."""
-        return await to_thread.run_sync(self._users.get, user_id)
-
-    async def list(self) -> list[IsolatedUser]:
-        """All users, oldest first."""
-        return await to_thread.run_sync(self._users.list)
 
 
 async def _quietly(sandbox: Sandbox, end: Callable[[], Awaitable[object]]) -> None:

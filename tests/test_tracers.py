@@ -12,6 +12,7 @@ from cgroups import find_mount
 from pactown_runner import Sandbox, Settings, Supervisor
 from pactown_runner.errors import FilesError
 from pactown_runner.homes import SandboxFiles
+from pactown_runner.tenant_threads import TenantThreads
 from tests.supervising import (
     USER,
     Start,
@@ -169,12 +170,13 @@ async def test_a_traced_job_keeps_no_thread(supervisor: Supervisor, settings: Se
         hunter = await supervisor.start(spec(python(_HUNTER.format(options=options)), service="hunter"))
         await line_of(hunter)
         host = supervisor.files._host
-        files = SandboxFiles(host, job_timeout=1.0)
+        threads = TenantThreads()
+        files = SandboxFiles(host, threads, job_timeout=1.0)
         try:
             with pytest.raises(FilesError):
                 await soon(files.put(USER, "api", b"x" * (64 << 20), "big"))
             await soon(hunter.kill())
             await soon(files.put(USER, "api", b"x", "small"))
         finally:
-            files.close()
+            threads.close()
         await eventually(lambda: not host.unreaped)

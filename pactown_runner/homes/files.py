@@ -1,21 +1,13 @@
-"""`SandboxFiles`: transfers in threads of their own, so many at a time."""
+"""`SandboxFiles`: files into and out of sandboxes' directories, awaited."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
-from weakref import WeakValueDictionary
 
-import anyio
-
-from ..errors import FilesError
 from ..host import Host
-from ..jobs import JOB_TIMEOUT, Stop
+from ..jobs import JOB_TIMEOUT
 from ..specs import check_service_id, check_user_id
+from ..tenant_threads import TenantThreads
 from .get import Get
 from .put import Put
 from .transfer import Inside, OnProgress, Transfer
@@ -23,41 +15,27 @@ from .unpacking import Bounds
 
 __all__ = ["SandboxFiles"]
 
-T = TypeVar("T")
-
-TRANSFERS = 16
-"""Transfers at a time. The others wait; sandboxes do not, they have threads of their own."""
-
-TRANSFERS_A_TENANT = 2
-"""Transfers of one tenant at a time, whose processes may keep each of them for as long as a job's time limit."""
-
 MAX_GET_BYTES = 4 << 30
 MAX_GET_ENTRIES = 200_000
 MAX_READ_BYTES = 16 << 20
-
-_CANCEL_INTERVAL = 0.5
-_ENDING = "the supervisor ends"
 
 
 class SandboxFiles:
     """Puts files into sandboxes' directories and gets them out. The sandboxes need not run.
 
-    Use it from one event loop. Each transfer is one helper process with the tenant's uid and limits; at most
-    `TRANSFERS` run at a time, `TRANSFERS_A_TENANT` of them one tenant's, none longer than `job_timeout`. A cancelled
-    transfer has ended when the cancellation is seen.
+    Use it from one event loop. Each transfer is one helper process with the tenant's uid and limits, none longer than
+    `job_timeout`. A cancelled transfer has ended when the cancellation is seen.
 
     Args:
         host: what the supervisor's sandboxes share.
+        threads: where transfers are done; the caller's.
         job_timeout: seconds.
     """
 
-    def __init__(self, host: Host, *, job_timeout: float = JOB_TIMEOUT) -> None:
+    def __init__(self, host: Host, threads: TenantThreads, *, job_timeout: float = JOB_TIMEOUT) -> None:
         self._host = host
+        self._threads = threads
         self._timeout = job_timeout
-        self._threads = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="pactown-files")
-        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
-        self._stops: set[Stop] = set()
-        self._closed = False
 
     async def put(
         self,
@@ -85,7 +63,7 @@ class SandboxFiles:
         """
         check_user_id(user_id)
         check_service_id(service_id)
-        return await self._run(
+        return await self._threads.run(
             user_id,
             lambda stop: Put(self._host, stop, self._timeout, on_progress).put(user_id, service_id, source, target),
         )
@@ -121,7 +99,7 @@ class SandboxFiles:
         where = Inside.of(service_id, path)
         destination = Path(destination or where.name or service_id)
         bounds = Bounds(max_bytes, max_entries)
-        return await self._run(
+        return await self._threads.run(
             user_id,
             lambda stop: Get(self._host, stop, self._timeout).fetch(user_id, where, destination, bounds, on_progress),
         )
@@ -137,55 +115,6 @@ class SandboxFiles:
             FilesError: it is no file, is larger than `max_bytes`, or the tenant cannot read it.
         """
         where = Inside.of(service_id, path)
-        return await self._run(
+        return await self._threads.run(
             user_id, lambda stop: Get(self._host, stop, self._timeout).read(user_id, where, max_bytes)
         )
-
-    def close(self) -> None:
-        """End what is under way; blocks until that has come about."""
-        self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        over = threading.Event()
-
-        def hasten() -> None:
-            while not over.wait(_CANCEL_INTERVAL):
-                self._end_all()
-
-        self._end_all()
-        helper = threading.Thread(target=hasten, name="pactown-files-close")
-        helper.start()
-        self._threads.shutdown(wait=True)
-        over.set()
-        helper.join()
-
-    def _end_all(self) -> None:
-        for stop in list(self._stops):
-            stop.now(_ENDING)
-
-    async def _run(self, user_id: str, work: Callable[[Stop], T]) -> T:
-        """Do this in a thread of ours when it is the tenant's turn; cancelled, end it first."""
-        stop = Stop()
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        # The dictionary holds it only for as long as somebody here does.
-        turn = self._turns.setdefault(user_id, asyncio.Semaphore(TRANSFERS_A_TENANT))
-        async with turn:
-            if self._closed:
-                raise FilesError(f"given up: {_ENDING}")
-            future = self._threads.submit(work, stop)
-            self._stops.add(stop)
-            future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
-            try:
-                await ended.wait()
-            except anyio.get_cancelled_exc_class():
-                with anyio.CancelScope(shield=True):
-                    while not ended.is_set() and not future.cancel():
-                        stop.now("it was cancelled")
-                        with anyio.move_on_after(_CANCEL_INTERVAL):
-                            await ended.wait()
-                raise
-            finally:
-                self._stops.discard(stop)
-            if future.cancelled():  # by `close`, before its turn came
-                raise FilesError(f"given up: {_ENDING}")
-            return future.result()

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from pactown_runner import jobs
+from pactown_runner import jobs, tenant_threads
 from pactown_runner.config import Settings
 from pactown_runner.errors import FilesError, StartError, StateError
 from pactown_runner.homes import SandboxFiles
-from pactown_runner.homes import files as files_module
 from pactown_runner.homes.get import Get
 from pactown_runner.host import Host
 from pactown_runner.jobs import Stop, job
@@ -181,10 +180,10 @@ async def test_a_tenant_who_stops_its_transfers_keeps_no_other_waiting(
     key = (await supervisor.users.get_or_create(USER)).key
     loop = asyncio.get_running_loop()
     await loop.run_in_executor(
-        None, until, lambda: len(_job_scopes(supervisor, key)) == files_module.TRANSFERS_A_TENANT
+        None, until, lambda: len(_job_scopes(supervisor, key)) == tenant_threads.A_TENANT
     )
     assert await asyncio.wait_for(files.read(OTHER, SERVICE, "x"), 5) == b"x"
-    assert len(_job_scopes(supervisor, key)) == files_module.TRANSFERS_A_TENANT
+    assert len(_job_scopes(supervisor, key)) == tenant_threads.A_TENANT
     for task in hanging:
         task.cancel()
     assert {type(end) for end in await asyncio.gather(*hanging, return_exceptions=True)} == {asyncio.CancelledError}

@@ -1,0 +1,181 @@
+"""The users of a supervisor, asynchronously: who they are, what they use, their data in and out, and their end."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyio import to_thread
+
+from .archives import Exported, Imported, While, export_home, import_home
+from .deletion import delete_user
+from .errors import NotFoundError, RunnerError
+from .homes import OnProgress
+from .host import LoopHost
+from .models import IsolatedUser
+from .tenant_threads import TenantThreads
+from .usage import Usage, home_usage
+from .users import Users
+
+__all__ = ["Placed", "SupervisorUsers", "UserStats"]
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class UserStats:
+    """What a user has.
+
+    Attributes:
+        user: who.
+        usage: what the home takes, counted as the user, and hence the user's word.
+    """
+
+    user: IsolatedUser
+    usage: Usage
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `UserIsolationManager.get_user_stats` gives it; sizes in MiB."""
+        return {
+            "user": {"saas_user_id": self.user.saas_user_id, "linux_username": self.user.linux_username},
+            "sandbox_count": self.usage.sandboxes,
+            "total_size_mb": round(self.usage.bytes / _MIB, 2),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What a supervisor has where there is a place for cgroups.
+
+    Attributes:
+        host: what is shared.
+        threads: for what takes long.
+        stop_all: stops all sandboxes of a user that run here.
+    """
+
+    host: LoopHost
+    threads: TenantThreads
+    stop_all: Callable[[str], Awaitable[None]]
+
+
+class SupervisorUsers:
+    """The SaaS users of a supervisor; see `users.Users`. Use it from the supervisor's event loop.
+
+    Args:
+        users: the users of the state.
+        refusal: what to say to those who want something done in a cgroup, while there is no place for one.
+    """
+
+    def __init__(self, users: Users, refusal: RunnerError) -> None:
+        self._users = users
+        self._refusal = refusal
+        self._here: Placed | None = None
+
+    def place(self, here: Placed | None) -> None:
+        """There is a place for cgroups from now on, or no more."""
+        self._here = here
+
+    async def get_or_create(self, user_id: str) -> IsolatedUser:
+        """The user of this id; an account is made if there is none."""
+        user = await to_thread.run_sync(self._users.get, user_id)
+        if user is None:
+            user = await to_thread.run_sync(self._users.get_or_create, user_id)
+            if self._here is not None:
+                self._here.host.events.tell("created", user_id)
+        return user
+
+    async def get(self, user_id: str) -> IsolatedUser | None:
+        """The user of this id, or None."""
+        return await to_thread.run_sync(self._users.get, user_id)
+
+    async def list(self) -> builtins.list[IsolatedUser]:
+        """All users, oldest first."""
+        return await to_thread.run_sync(self._users.list)
+
+    async def stats(self, user_id: str) -> UserStats:
+        """What a user's home takes; counted anew.
+
+        Raises:
+            NotFoundError: there is no such user.
+            FilesError: it could not be counted in time.
+            TreeError: there is no place for cgroups here.
+        """
+        here, user = self._placed(), await self._known(user_id)
+        usage = await here.threads.run(user_id, lambda stop: home_usage(here.host, user, stop=stop))
+        return UserStats(user, usage)
+
+    async def export(
+        self, user_id: str, target: Path, *, while_: While = "frozen", on_progress: OnProgress | None = None
+    ) -> Exported:
+        """Write a user's home into an archive (`tar.gz`), that appears whole or not at all; see `export_home`.
+
+        Args:
+            target: in a folder that nobody but us can change.
+            while_: `frozen` freezes what runs of the user; with `stopped` it is an error that something does.
+            on_progress: is told the archive's bytes so far, from a thread.
+
+        Raises:
+            NotFoundError: there is no such user.
+            ArchiveError: the home is too large, cannot be read, or the target cannot be written.
+            StateError: something did not stand still, or another export or import is on.
+        """
+        here, user = self._placed(), await self._known(user_id)
+        return await here.threads.run(
+            user_id,
+            lambda stop: export_home(here.host, user, target, while_=while_, progress=on_progress, stop=stop),
+        )
+
+    async def import_(
+        self, user_id: str, archive: Path, *, made_for: str | None = None, on_progress: OnProgress | None = None
+    ) -> Imported:
+        """Replace a user's home by what an archive holds, wholly or not at all; the user is made if there is none.
+
+        Args:
+            made_for: the id of the user whose home the archive was made of, if that is another one.
+            on_progress: is told the archive's bytes so far, and its size, from a thread.
+
+        Raises:
+            ArchiveError: the archive was refused, or cannot be read; the home is what it was.
+            StateError: something of the user's runs, or another export or import is on.
+        """
+        here, user = self._placed(), await self.get_or_create(user_id)
+        return await here.threads.run(
+            user_id,
+            lambda stop: import_home(here.host, user, archive, made_for=made_for, progress=on_progress, stop=stop),
+        )
+
+    async def delete(self, user_id: str, *, delete_home: bool = True, delete_logs: bool = True) -> IsolatedUser:
+        """Stop all of a user's sandboxes, and delete the user with all that carries its uid on this host.
+
+        The key and the uid stay taken, and are this id's again if it comes back.
+
+        Args:
+            delete_home: else the home becomes root's, with all that is in it, until the user is made again.
+            delete_logs: else they stay where they are.
+
+        Raises:
+            NotFoundError: there is no such user.
+            AccountError: the account is not what it was, and nothing was changed.
+            StateError: something of the user's runs under another supervisor, or could not be ended yet.
+        """
+        here = self._placed()
+        await here.stop_all(user_id)
+        user = await here.threads.run(
+            user_id, lambda _: delete_user(here.host, user_id, delete_home=delete_home, delete_logs=delete_logs)
+        )
+        here.host.events.tell("deleted", user_id)
+        return user
+
+    def _placed(self) -> Placed:
+        if self._here is None:
+            raise self._refusal
+        return self._here
+
+    async def _known(self, user_id: str) -> IsolatedUser:
+        user = await self.get(user_id)
+        if user is None:
+            raise NotFoundError(f"there is no user {user_id!r}")
+        return user
