@@ -98,15 +98,21 @@ def _removed(path: Path) -> bool:
     return True
 
 
-def sweep_fresh_homes(host: Host) -> None:
-    """Remove what interrupted imports left; blocking. To be called when dead owners' rows have been taken over."""
+def sweep_fresh_homes(host: Host, key: str | None = None) -> None:
+    """Remove what interrupted imports left; blocking, for as long as that takes.
+
+    To be called when dead owners' rows have been taken over, and before a user is removed.
+
+    Args:
+        key: of one user only, by that one's key.
+    """
     # In this order: a row is there before what it names, so what has none by now is not about to get one.
     found = [(match, name) for name in os.listdir(host.settings.users_base) if (match := _FRESH.fullmatch(name))]
     for match, name in found:
-        key, run_id = match.groups()
-        row = host.registry.row(key, HOLD)
-        saas_user_id = host.registry.key_holder(key)
-        if saas_user_id is None or (row is not None and row.run_id == run_id):
+        found_key, run_id = match.groups()
+        row = host.registry.row(found_key, HOLD)
+        saas_user_id = host.registry.key_holder(found_key)
+        if key not in (None, found_key) or saas_user_id is None or (row is not None and row.run_id == run_id):
             continue  # another state's, or in use
         _log.warning("removing %s, which an interrupted import left", name)
         _sweep(host, saas_user_id, host.settings.users_base / name)

@@ -14,6 +14,7 @@ import pytest
 
 from pactown_runner.archives import HOLD, export_home, import_home, sweep_fresh_homes, thaw_held
 from pactown_runner.config import Settings
+from pactown_runner.host import Host
 from pactown_runner.models import IsolatedUser
 from pactown_runner.supervisor import Supervisor
 from tests.archives.trees import Look, as_tenant, differences, looks
@@ -51,6 +52,11 @@ with open("number", "w") as file:
 
 def fresh(settings: Settings) -> list[Path]:
     return [path for path in settings.users_base.iterdir() if path.name.startswith(".fresh")]
+
+
+async def nothing_claimed(host: Host) -> None:
+    """Wait until all of a killed process is taken over: what it was just about to start may hold its lock on."""
+    await eventually(lambda: not host.registry.rows())
 
 
 async def two_homes(settings: Settings) -> tuple[IsolatedUser, dict[str, Path], dict[str, dict[bytes, Look]]]:
@@ -107,12 +113,14 @@ async def test_a_killed_import_is_one_or_none(settings: Settings, child: Start) 
             await asyncio.sleep(random.uniform(0, 0.6))
         await process.killed()
         async with Supervisor(settings=settings, role="one-shot") as successor:
-            assert successor._host is not None
-            await asyncio.to_thread(sweep_fresh_homes, successor._host)
+            host = successor._host
+            assert host is not None
+            await nothing_claimed(host)
+            await asyncio.to_thread(sweep_fresh_homes, host)
             number = (user.home_dir / "number").read_text()
             assert differences(homes[number], looks(user.home_dir)) == [], name
             assert fresh(settings) == []
-            assert successor._host.registry.rows() == []
+            assert host.registry.rows() == []
         assert processes_of(user.linux_uid) == {}
         found.append((name, number != before))
     assert not leftovers(settings)
@@ -142,8 +150,9 @@ async def test_a_killed_export_leaves_nothing(settings: Settings, child: Start, 
             assert not older
             assert names == []
         async with Supervisor(settings=settings, role="one-shot") as successor:
-            assert successor._host is not None
-            assert successor._host.registry.rows() == []
+            host = successor._host
+            assert host is not None
+            await nothing_claimed(host)
         assert processes_of(user.linux_uid) == {}
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from pactown_runner.archives import ArchiveError, LeftOut, export_home, export_stream, import_home, import_stream
 from pactown_runner.config import Settings
+from pactown_runner.errors import FilesError
 from pactown_runner.host import Host
 from pactown_runner.models import IsolatedUser
 from pactown_runner.supervisor import Supervisor
@@ -300,6 +301,32 @@ def test_through_pipes(host: Host, user: IsolatedUser) -> None:
         thread.join()
         os.close(read)
     assert differences(before, looks(user.home_dir)) == []
+
+
+@pytest.mark.parametrize("direction", ["out", "in"])
+def test_a_pipe_that_nobody_uses_keeps_nobody(host: Host, user: IsolatedUser, direction: str) -> None:
+    as_tenant(user, 'import os; open("f", "wb").write(os.urandom(2 << 20))')
+    before = looks(user.home_dir)
+    read, write = os.pipe()
+    try:
+        move, fd = (export_stream, write) if direction == "out" else (import_stream, read)
+        with pytest.raises(FilesError, match=r"longer than 0\.5 s"):
+            move(host, user, fd, timeout=0.5)
+    finally:
+        os.close(read)
+        os.close(write)
+    assert differences(before, looks(user.home_dir)) == []
+
+
+def test_a_reader_that_goes_away(host: Host, user: IsolatedUser) -> None:
+    as_tenant(user, 'import os; open("f", "wb").write(os.urandom(2 << 20))')
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        with pytest.raises(BrokenPipeError):
+            export_stream(host, user, write)
+    finally:
+        os.close(write)
 
 
 @pytest.mark.parametrize("what", ["missing/archive.tar.gz", "folder"])
