@@ -59,11 +59,11 @@ class Tier:
             ConfigError: it is no tier.
         """
         try:
-            values = {name: None if value == "none" else value for name, value in table.items()}
+            values: dict[str, Any] = {name: None if value == "none" else value for name, value in table.items()}
             for limits in {"default_limits", "tenant_limits"} & values.keys():
                 if values[limits] is not None:
                     values[limits] = Limits(**values[limits])
-            return replace(self, **values | {"name": self.name})
+            return replace(self, **{**values, "name": self.name})
         except ConfigError:
             raise
         except (AttributeError, FormatError, TypeError) as error:

@@ -1,0 +1,125 @@
+"""The application: the table's routes behind the gate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..config import Settings
+from ..supervisor import Supervisor
+from . import problems
+from .access import Callers
+from .gate import Gate
+from .problems import add_handlers
+from .server import HEARTBEAT, Server
+from .table import add_routes
+
+__all__ = ["Application", "create_app", "openapi"]
+
+_DESCRIPTION = (
+    "Runs other people's code on this host: each tenant with an account of its own, each service in a cgroup."
+)
+
+
+class Application:
+    """The API as an ASGI application, for `listening`.
+
+    Attributes:
+        server: what its routes work with.
+        routes: the application behind the gate.
+    """
+
+    def __init__(self, app: ASGIApp, routes: FastAPI, server: Server) -> None:
+        self._app = app
+        self.routes = routes
+        self.server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request (https://asgi.readthedocs.io)."""
+        await self._app(scope, receive, send)
+
+
+def create_app(
+    supervisor: Supervisor,
+    settings: Settings | None = None,
+    *,
+    heartbeat: float = HEARTBEAT,
+    clock: Callable[[], float] = time.time,
+) -> Application:
+    """The API of a supervisor that runs, or will when the first request comes.
+
+    Args:
+        settings: by default the supervisor's.
+        heartbeat: seconds after which a stream that has nothing to say says so.
+        clock: seconds since the epoch, by which tokens expire.
+
+    Raises:
+        ConfigError: the group that may use the socket is not there.
+    """
+    settings = settings or supervisor.settings
+    server = Server(supervisor, settings, heartbeat=heartbeat)
+    routes = _routes(settings)
+    routes.state.server = server
+    app: ASGIApp = Gate(routes, settings, Callers(settings, clock))
+    if settings.api_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.api_origins,
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["authorization", "content-type", "last-event-id"],
+        )
+    return Application(app, routes, server)
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI document."""
+    return _routes(Settings()).openapi()
+
+
+def _routes(settings: Settings) -> FastAPI:
+    app = FastAPI(
+        title="pactown-runner",
+        description=_DESCRIPTION,
+        version=_version(),
+        # A page that shows the document would load its scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    add_handlers(app)
+    add_routes(app, settings)
+    made = app.openapi
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _with_problems(made())
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    return app
+
+
+def _with_problems(document: dict[str, Any]) -> dict[str, Any]:
+    """What FastAPI cannot be told: problems have a media type of their own, and callers a token."""
+    for path in document["paths"].values():
+        for operation in path.values():
+            for status in ("4XX", "5XX"):
+                content = operation["responses"][status]["content"]
+                content[problems.MEDIA_TYPE] = content.pop("application/json")
+    document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"token": []}]
+    return document
+
+
+def _version() -> str:
+    try:
+        return version("pactown-runner")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,105 @@
+"""Routes that let nobody through who may not pass, and bodies that are no larger or slower than they may be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
+from starlette.routing import Match
+from starlette.types import Message, Receive, Scope, Send
+
+from .access import Access, Caller
+from .paths import decoded
+from .problems import ProblemError
+
+__all__ = ["GuardedRoute"]
+
+
+class GuardedRoute(APIRoute):
+    """A route of the table.
+
+    Args:
+        access: what a caller needs.
+        max_body: the most bytes of a request's body.
+        timeout: seconds between two pieces of a body, and for each piece of the answer to be taken.
+    """
+
+    def __init__(
+        self, path: str, endpoint: Callable[..., Any], *, access: Access, max_body: int, timeout: float, **options: Any
+    ) -> None:
+        super().__init__(path, endpoint, **options)
+        self._access = access
+        self._max_body = max_body
+        self._timeout = timeout
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Match against the canonical path, and decode what it holds; see `paths`."""
+        match, child_scope = super().matches(scope)
+        if match is not Match.NONE:
+            found = child_scope["path_params"]
+            child_scope["path_params"] = {name: decoded(value) for name, value in found.items()}
+        return match, child_scope
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request whose path is this route's."""
+        if scope["method"] in (self.methods or ()):
+            caller = scope["pactown.caller"]
+            assert isinstance(caller, Caller)
+            if (user_id := scope["path_params"].get("user_id")) is not None:
+                caller.must_reach(user_id)
+            caller.must(self._access)
+            receive, send = self._bounded(scope, receive), self._patient(scope, send)
+        await super().handle(scope, receive, send)
+
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        """A body that is refused when it is too large, or does not come."""
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length) > self._max_body:
+            raise self._too_large()
+        taken, over = 0, False
+
+        async def bounded() -> Message:
+            nonlocal taken, over
+            if over:
+                # What comes now is that the caller goes away, whenever that is.
+                return await receive()
+            try:
+                async with asyncio.timeout(self._timeout):
+                    message = await receive()
+            except TimeoutError:
+                raise ProblemError(
+                    408, "too-slow", "the request's body did not come in time", headers={"Connection": "close"}
+                ) from None
+            taken += len(message.get("body", b""))
+            over = not message.get("more_body", False)
+            if taken > self._max_body:
+                raise self._too_large()
+            return message
+
+        return bounded
+
+    def _too_large(self) -> ProblemError:
+        return ProblemError(
+            413,
+            "too-large",
+            f"the request's body has more than {self._max_body} bytes",
+            headers={"Connection": "close"},
+        )
+
+    def _patient(self, scope: Scope, send: Send) -> Send:
+        """Send to a caller who takes it, and hang up on one who does not."""
+        hang_up = scope.get("state", {}).get("hang_up")
+
+        async def patient(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await send(message)
+            except TimeoutError:
+                if hang_up is not None:
+                    hang_up()
+                raise
+
+        return patient

@@ -1,0 +1,95 @@
+"""Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, NamedTuple
+
+from starlette.responses import StreamingResponse
+from starlette.types import Send
+
+from ..errors import RunnerError
+from .problems import problem_of
+from .server import Server
+
+__all__ = ["MEDIA_TYPE", "Closing", "Message", "end", "event_stream"]
+
+MEDIA_TYPE = "text/event-stream"
+
+
+class Message(NamedTuple):
+    """One event.
+
+    Attributes:
+        event: its kind.
+        data: as JSON can hold it.
+        id: what a client that comes back sends as `Last-Event-ID`; None for none.
+    """
+
+    event: str
+    data: Mapping[str, Any]
+    id: int | None = None
+
+    def rendered(self) -> bytes:
+        """As it is sent."""
+        mark = "" if self.id is None else f"id: {self.id}\n"
+        # In ASCII, and hence without a line break of any kind.
+        return f"{mark}event: {self.event}\ndata: {json.dumps(self.data)}\n\n".encode()
+
+
+def end(reason: str, **more: Any) -> Message:
+    """The last event of every stream: why nothing follows."""
+    return Message("end", {"reason": reason, **more})
+
+
+class Closing(StreamingResponse):
+    """An answer in pieces whose source is closed when it is over, however it ends."""
+
+    async def stream_response(self, send: Send) -> None:
+        body = self.body_iterator
+        assert isinstance(body, AsyncGenerator)
+        async with aclosing(body):
+            await super().stream_response(send)
+
+
+def event_stream(server: Server, source: AsyncGenerator[Message, None]) -> Closing:
+    """The answer that sends events as they come, ends with a reason, and is never silent for long."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return Closing(_stream(server, source), media_type=MEDIA_TYPE, headers=headers)
+
+
+async def _stream(server: Server, source: AsyncGenerator[Message, None]) -> AsyncGenerator[bytes, None]:
+    stopping = asyncio.ensure_future(server.stopping.wait())
+    coming: asyncio.Future[Message | None] | None = None
+    try:
+        # The head goes out with it: clients see that they are heard.
+        yield b":\n\n"
+        while True:
+            coming = coming or asyncio.ensure_future(_next(source))
+            both: list[asyncio.Future[Any]] = [coming, stopping]
+            await asyncio.wait(both, timeout=server.heartbeat, return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                yield end("server-stopping").rendered()
+                return
+            if not coming.done():
+                yield b":\n\n"
+                continue
+            if (message := coming.result()) is None:
+                return
+            coming = None
+            yield message.rendered()
+    except RunnerError as error:
+        yield end("failed", problem=json.loads(bytes(problem_of(error).body))).rendered()
+    finally:
+        waiting = [task for task in (coming, stopping) if task is not None]
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await source.aclose()
+
+
+async def _next(source: AsyncGenerator[Message, None]) -> Message | None:
+    return await anext(source, None)
