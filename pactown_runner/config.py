@@ -80,6 +80,13 @@ class Settings:
             the answer.
         tokens: who may call by TCP; see `tokens.Token`. In the file a table each, `[tokens.NAME]`.
         tiers: what the operator may let tenants have; see `tiers.Tier`. In the file a table each, `[tiers.NAME]`.
+        venv_python: what executes programs with `requirements`; by default the first Python that tenants can execute.
+        venv_index: the URL of the only package index that requirements are taken from; None leaves that to the host's
+            `/etc/pip.conf` or `/etc/uv/uv.toml`, else it is PyPI. Tenants can read it, and a password that it holds.
+        venv_uv: the `uv` that makes their environments: sought in the tenants' PATH, or an absolute path. Where they
+            cannot execute it, and for an empty string, `venv` and `pip` do.
+        venv_timeout: seconds in which an environment must have been made.
+        venv_keep: how many environments of each tenant's are kept that no service has any more.
     """
 
     users_base: Path = DEFAULT_USERS_BASE
@@ -124,6 +131,11 @@ class Settings:
     api_timeout: float = 30.0
     tokens: tuple[Token, ...] = ()
     tiers: tuple[Tier, ...] = DEFAULT_TIERS
+    venv_python: Path | None = None
+    venv_index: str | None = None
+    venv_uv: str = "uv"
+    venv_timeout: float = 600.0
+    venv_keep: int = 2
 
     def __post_init__(self) -> None:
         for name in _PATHS:
@@ -140,6 +152,7 @@ class Settings:
             raise ConfigError("uid_ranges is empty, so no user could ever be made")
         self._check_numbers()
         self._check_api()
+        self._check_venvs()
         if self.tenant_limits.memory_oom_group:
             raise ConfigError(
                 "tenant_limits cannot have memory_oom_group: one service would take all of its tenant's along",
@@ -153,7 +166,7 @@ class Settings:
         if not 0 <= self.stop_grace < float("inf"):
             raise ConfigError(f"stop_grace must be a number of seconds, 0 or more, not {self.stop_grace!r}")
         for name in _INTERVALS:
-            # Without a pause these looks would be all that the loop does.
+            # Without a pause some of these looks would be all that the loop does.
             if not 0 < (value := getattr(self, name)) < float("inf"):
                 raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
         for name in _SHARES:
@@ -168,6 +181,16 @@ class Settings:
             )
         if self.starts_per_minute is not None and not 0 < self.starts_per_minute < float("inf"):
             raise ConfigError(f"starts_per_minute must be a number above 0, not {self.starts_per_minute!r}")
+
+    def _check_venvs(self) -> None:
+        if self.venv_python is not None:
+            object.__setattr__(self, "venv_python", Path(self.venv_python))
+            if not Path(self.venv_python).is_absolute():
+                raise ConfigError(f"venv_python must be an absolute path, not {str(self.venv_python)!r}")
+        if self.venv_index is not None and not _INDEX.fullmatch(str(self.venv_index)):
+            raise ConfigError(f"venv_index must be a URL of http, https or file, not {self.venv_index!r}")
+        if not isinstance(self.venv_uv, str) or "\0" in self.venv_uv:
+            raise ConfigError(f"venv_uv must be the name or path of a program, not {self.venv_uv!r}")
 
     def _check_api(self) -> None:
         if self.api_listen is not None and not _LISTEN.fullmatch(str(self.api_listen)):
@@ -230,6 +253,7 @@ def _check_whole_number(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name} must be a whole number, {least} or more, not {value!r}")
 
 
+_INDEX = re.compile(r"(?:https?|file)://[!-~]+")
 _LISTEN = re.compile(r"(?:\[[0-9a-fA-F:.%]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\]", re.ASCII)
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+", re.ASCII)
@@ -256,14 +280,15 @@ _WHOLE_NUMBERS = {
     "api_file_bytes": 0,
     "api_head_bytes": 1024,
     "api_connections": 1,
+    "venv_keep": 0,
 }
 """And the least that each may be."""
-_INTERVALS = ("takeover_interval", "throttled_interval", "api_timeout")
+_INTERVALS = ("takeover_interval", "throttled_interval", "api_timeout", "venv_timeout")
 _SHARES = ("memory_pressure_share", "cpu_pressure_share", "throttled_share")
 _OPTIONAL = (
     *("api_group", "api_listen"),
     *("log_rate_bytes", "max_sandboxes", "max_sandboxes_per_user", "starts_per_minute"),
-    *_SHARES,
+    *("venv_python", "venv_index", *_SHARES),
 )
 """May be `None`, which an environment variable says by the word `none`."""
 _NAMES = frozenset(item.name for item in fields(Settings))
@@ -321,7 +346,7 @@ def _parse_limits(value: Any) -> Limits:
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(_PATHS, Path),
+    **dict.fromkeys((*_PATHS, "venv_python"), Path),
     **dict.fromkeys(_WHOLE_NUMBERS, int),
     **dict.fromkeys(_SIZES, parse_bytes),
     **dict.fromkeys(("stop_grace", "starts_per_minute", *_INTERVALS, *_SHARES), float),

@@ -29,6 +29,7 @@ Namespace = Literal["ipc", "net", "uts"]
 
 _SERVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 _ENV_NAME = re.compile(r"[^=\0]+")
+_REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\s*(?:[\[(<>=!~;@#].*)?", re.ASCII)
 MAX_USER_ID_BYTES = 1024
 
 
@@ -69,6 +70,22 @@ def check_command(command: object) -> None:
 def argv_of(command: str | Sequence[str]) -> tuple[str, ...]:
     """The words that are executed: a string is run by the shell."""
     return ("/bin/sh", "-c", command) if isinstance(command, str) else tuple(command)
+
+
+def _requirements(given: object) -> tuple[str, ...]:
+    # The words of a string are its letters.
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise SpecError(f"requirements must be a sequence of strings, not {given!r}")
+    for text in given:
+        _check_text("a requirement", text)
+        # An option of pip's, such as another index, is the operator's; a path leads to what may change unnoticed.
+        if not (text.isprintable() and _REQUIREMENT.fullmatch(text)):
+            raise SpecError(
+                f"requirement {text!r} is not allowed",
+                remedy="write what a line of requirements.txt may hold that begins with a project's name: "
+                "NAME, NAME>=VERSION, NAME @ URL",
+            )
+    return tuple(given)
 
 
 def _check_text(what: str, text: object) -> None:
@@ -219,6 +236,9 @@ class SandboxSpec:
         ready: how to know that it is ready to serve; without one it is when its program has been executed. One that is
             not in time is killed; one that is no longer ready is unhealthy, and goes on.
         alive: how to know that it still works; if it does not it is killed. Both start it again as `restart` says.
+        requirements: Python packages, each as pip takes it (`NAME`, `NAME>=VERSION`, `NAME @ URL`). If there are any,
+            the program runs in an environment that has them, `.venv` in its directory: it is first in PATH, so that a
+            command `python` is its. It is made when it is first needed; newer packages are not looked for later.
     """
 
     user_id: str
@@ -234,6 +254,7 @@ class SandboxSpec:
     restart: RestartPolicy = RestartPolicy()
     ready: Probe | None = None
     alive: Probe | None = None
+    requirements: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_user_id(self.user_id)
@@ -253,6 +274,7 @@ class SandboxSpec:
         for name in ("ready", "alive"):
             if not isinstance(getattr(self, name), Probe | None):
                 raise SpecError(f"{name} must be a Probe, not {getattr(self, name)!r}")
+        object.__setattr__(self, "requirements", _requirements(self.requirements))
         object.__setattr__(self, "namespaces", frozenset(self.namespaces))
         if unknown := self.namespaces - {"ipc", "net", "uts"}:
             raise SpecError(f"unknown namespaces: {', '.join(sorted(unknown))}", remedy="choose from ipc, net, uts")
@@ -287,7 +309,7 @@ class SandboxSpec:
             values = json.loads(text)
             values["limits"] = None if values["limits"] is None else Limits.from_dict(values["limits"])
             values["namespaces"] = frozenset(values["namespaces"])
-            # Specs that an earlier version wrote down have no restart and no probes.
+            # Specs that an earlier version wrote down have no restart, no probes and no requirements.
             values["restart"] = RestartPolicy.from_dict(values.get("restart") or {})
             for name in ("ready", "alive"):
                 values[name] = Probe.from_dict(values.get(name))
