@@ -1,4 +1,4 @@
-"""What an idle sandbox costs its supervisor: memory, descriptors, threads, CPU time."""
+"""What an idle sandbox costs its supervisor: memory, descriptors, threads, CPU time; and what looking at all costs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import Any
 
 import psutil
 
-from pactown_runner import SandboxSpec
+from pactown_runner import SandboxSpec, Supervisor
 
-from .harness import bench_supervisor, machine
+from .harness import bench_supervisor, loop_delay, machine, percentile
+
+ROUNDS = 20
+"""Looks at all sandboxes, of which the median and the worst are told."""
 
 
 async def measure(sandboxes: int, seconds: float) -> dict[str, Any]:
-    """Start so many that do nothing, look at this process, and list them all."""
+    """Start so many that do nothing, look at this process, and look at them all."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     process = psutil.Process()
@@ -40,11 +43,7 @@ async def measure(sandboxes: int, seconds: float) -> dict[str, Any]:
         cpu = time.process_time()
         await asyncio.sleep(seconds)
         cpu = time.process_time() - cpu
-
-        began = time.perf_counter()
-        alive = supervisor.list()
-        stats = await asyncio.gather(*(sandbox.stats() for sandbox in alive))
-        listed = time.perf_counter() - began
+        looks = await look(supervisor)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return {
         "sandboxes": sandboxes,
@@ -53,20 +52,42 @@ async def measure(sandboxes: int, seconds: float) -> dict[str, Any]:
         "descriptors_each": round((after[1] - before[1]) / sandboxes, 2),
         "threads_added": after[2] - before[2],
         "cpu_us_per_second_each": round(cpu / seconds / sandboxes * 1e6, 1),
-        "stats_of_all_ms": round(listed * 1e3, 1),
-        "stats_read": len(stats),
+        **looks,
     }
+
+
+async def look(supervisor: Supervisor) -> dict[str, Any]:
+    """Look at all sandboxes, some times over, and see how late the loop is meanwhile."""
+    times: dict[str, list[float]] = {"list": [], "stats": [], "stats_with_pressure": []}
+    delays: list[float] = []
+    read = 0
+    async with loop_delay(delays):
+        for _ in range(ROUNDS):
+            marks = [time.perf_counter()]
+            supervisor.list()
+            marks.append(time.perf_counter())
+            read = len(await supervisor.stats())
+            marks.append(time.perf_counter())
+            await supervisor.stats(pressure=True)
+            marks.append(time.perf_counter())
+            for values, began, ended in zip(times.values(), marks[:-1], marks[1:], strict=True):
+                values.append(ended - began)
+    result: dict[str, Any] = {"counted": read}
+    for name, values in times.items():
+        result[f"{name}_of_all_ms"] = round(percentile(values, 50) * 1e3, 1)
+        result[f"{name}_of_all_worst_ms"] = round(max(values) * 1e3, 1)
+    return result | {"loop_late_worst_ms": round(max(delays) * 1e3, 1)}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sandboxes", type=int, default=500)
+    parser.add_argument("--sandboxes", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=5)
     options = parser.parse_args(argv)
     print(machine())
     for name, value in asyncio.run(measure(options.sandboxes, options.seconds)).items():
-        print(f"{name:28} {value:>12}")
+        print(f"{name:32} {value:>12}")
     return 0
 
 

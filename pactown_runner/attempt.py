@@ -117,7 +117,7 @@ class Attempt:
                 self._monitor(held, adopted=claiming is None)
                 listener.executed(held)
                 self.executed.set()
-                self._look_after(held, listener)
+                self._look_after(held, listener, adopted=claiming is None)
                 await self._first_exit(held)
             except Exception as error:
                 failure = error
@@ -157,7 +157,7 @@ class Attempt:
             adopted=adopted,
         )
 
-    def _look_after(self, held: Holdings, listener: Listener) -> None:
+    def _look_after(self, held: Holdings, listener: Listener, *, adopted: bool) -> None:
         """Ask it whether it is ready and alive, if anybody wants to know."""
         spec = self.run.spec
         if spec.ready is None and spec.alive is None:
@@ -181,7 +181,8 @@ class Attempt:
                 self._answers,
                 on_ready=listener.ready,
                 on_unready=listener.unready,
-                age=time.monotonic() - self._began,
+                # The time that it takes to make a user is no part of the program's.
+                age=time.monotonic() - self._began if adopted else 0.0,
             )
         )
         self._care.add_done_callback(unwell)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -182,7 +181,7 @@ class Holdings:
             held.frozen = cgroup.frozen()
             held.pump = held._make_pump()
             held.pump.adopt()
-            held.cgroup = _second_hold(cgroup)
+            held.cgroup = cgroup.dup()
         return held
 
     @property
@@ -231,7 +230,7 @@ class Holdings:
 
         The sandbox may end meanwhile, and its descriptor's number stand for another sandbox's cgroup.
         """
-        own = _second_hold(self.cgroup)
+        own = self.cgroup.dup()
 
         def act() -> T:
             with own:
@@ -294,7 +293,3 @@ def kill_rest(cgroup: Cgroup) -> int:
     rest = len(cgroup.pids(recursive=True))
     cgroup.kill()
     return rest
-
-
-def _second_hold(cgroup: Cgroup) -> Cgroup:
-    return Cgroup(os.dup(cgroup.fd), str(cgroup.path))

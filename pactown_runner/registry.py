@@ -122,6 +122,7 @@ _UID_GAPS = (
     "(SELECT ? - 1 AS uid UNION ALL SELECT uid FROM users WHERE NOT virtual AND uid BETWEEN ? AND ?)) "
     "WHERE next > uid + 1"
 )
+_UPDATE_REGISTERED = "UPDATE services SET spec = ? WHERE key = ? AND service_id = ?"
 _UPDATE_SPEC = "UPDATE sandboxes SET spec = ? WHERE key = ? AND service_id = ? AND run_id = ?"
 
 
@@ -523,9 +524,15 @@ class Registry:
             return db.execute(_TAKE_OVER, (to_owner, key, service_id, run_id, from_owner)).rowcount == 1
 
     def update_spec(self, key: str, service_id: str, run_id: str, spec: str) -> bool:
-        """Write down a changed spec, such as new limits. False if this run is not there any more."""
-        with self._database as db:
-            return db.execute(_UPDATE_SPEC, (spec, key, service_id, run_id)).rowcount == 1
+        """Write down a changed spec, such as new limits, also of a service that is registered.
+
+        False if this run is not there any more.
+        """
+        with self._database as db, transaction(db):
+            there = db.execute(_UPDATE_SPEC, (spec, key, service_id, run_id)).rowcount == 1
+            if there:
+                db.execute(_UPDATE_REGISTERED, (spec, key, service_id))
+            return there
 
 
 def _check_host(db: sqlite3.Connection, row: SandboxRow, most: int) -> None:

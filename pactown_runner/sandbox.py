@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from cgroups import Cgroup, CgroupError, GoneError, Limits, Stats
+from cgroups import Cgroup, CgroupError, GoneError, Limits, Stats, read_all
 
 from .course import Course
 from .errors import StateError
@@ -26,12 +27,15 @@ from .main_process import Main
 from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, State
 from .specs import SandboxSpec
 
-__all__ = ["Sandbox"]
+__all__ = ["Sandbox", "stats_of_all"]
 
 _log = logging.getLogger(__name__)
 
 FREEZE_TIMEOUT = 10.0
 """Seconds in which the kernel must have frozen or thawed a sandbox. It waits for running system calls only."""
+
+STATS_BATCH = 100
+"""So many sandboxes are counted in one go, each of which takes a descriptor meanwhile."""
 
 
 class Sandbox:
@@ -97,6 +101,14 @@ class Sandbox:
     def state(self) -> State:
         """Where it is in its life."""
         return self.course.state
+
+    @property
+    def cgroup(self) -> Cgroup | None:
+        """The cgroup of its current run, while that lives; the supervisor's, who duplicates it to use it."""
+        attempt = self.course.attempt
+        if self.state is State.STARTING or attempt.over or attempt.held is None:
+            return None
+        return attempt.held.cgroup
 
     @property
     def user(self) -> IsolatedUser:
@@ -339,3 +351,34 @@ class Sandbox:
         if self.course.attempt.held is None:
             raise self.course.wrong_state()
         return self.course.attempt.held
+
+
+async def stats_of_all(host: LoopHost, sandboxes: Sequence[Sandbox], *, pressure: bool) -> dict[tuple[str, str], Stats]:
+    """What each of these uses now, by user and service id, without those that are just being started or ended."""
+    # In one thread: two would mostly wait for each other, as each of so many short system calls gives up the GIL.
+    found: dict[tuple[str, str], Stats] = {}
+    for first in range(0, len(sandboxes), STATS_BATCH):
+        # They may end meanwhile, and their descriptors' numbers stand for other sandboxes' cgroups.
+        own: dict[tuple[str, str], int] = {}
+        try:
+            for sandbox in sandboxes[first : first + STATS_BATCH]:
+                if (cgroup := sandbox.cgroup) is not None:
+                    own[sandbox.user_id, sandbox.service_id] = os.dup(cgroup.fd)
+        except OSError:
+            _close_all(own)
+            raise
+        # Shielded: what is duplicated is closed there.
+        found |= await asyncio.shield(host.in_thread(_read_and_close, own, pressure))
+    return found
+
+
+def _read_and_close(own: dict[tuple[str, str], int], pressure: bool) -> dict[tuple[str, str], Stats]:
+    try:
+        return {name: stats for name, stats in read_all(own, pressure=pressure).items() if stats is not None}
+    finally:
+        _close_all(own)
+
+
+def _close_all(own: dict[tuple[str, str], int]) -> None:
+    for fd in own.values():
+        os.close(fd)

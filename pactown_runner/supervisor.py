@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,12 @@ from typing import Literal, Self
 import anyio
 from anyio import to_thread
 
+from cgroups import Stats
+
 from .admission import Admission, raise_descriptor_limit
 from .config import Settings
 from .course import Beginning, Course
+from .deletion import finish_removals
 from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError, TreeError
 from .events import EventBus, EventReader
 from .exits import reap_late
@@ -32,7 +36,7 @@ from .outcomes import failed_to_start
 from .owners import Owner
 from .recovery import Found, claim_left_behind, end_left_behind, end_unfinished, forget_dead_owners, sweep
 from .registry import Kind, Registry
-from .sandbox import Sandbox
+from .sandbox import Sandbox, stats_of_all
 from .specs import SandboxSpec, check_service_id
 from .supervisor_users import Placed, SupervisorUsers
 from .tenant_threads import TenantThreads
@@ -82,6 +86,8 @@ class Supervisor:
         self._sandboxes: dict[tuple[str, str], Sandbox] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._patrol: asyncio.Task[None] | None = None
+        self._removals: threading.Thread | None = None
+        self._give_up = threading.Event()
 
     # Its life ---------------------------------------------------------------------------------------------------
 
@@ -99,6 +105,10 @@ class Supervisor:
                 self.users.place(Placed(host, threads, self._stop_all))
                 await self._take_over(host)
                 await sweep(host)
+                self._removals = threading.Thread(
+                    target=finish_removals, args=(host,), kwargs={"give_up": self._give_up}, name="pactown-removals"
+                )
+                self._removals.start()
                 self._patrol = asyncio.create_task(self._watch_owners(host), name="pactown-owners")
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -190,6 +200,9 @@ class Supervisor:
             for sandbox in list(self._sandboxes.values()):
                 leave = self.settings.on_exit == "leave" and sandbox.run.kind == "service"
                 ending.start_soon(_quietly, sandbox, sandbox.course.leave if leave else sandbox.course.end)
+        if self._removals is not None:
+            self._give_up.set()
+            await to_thread.run_sync(self._removals.join)
         if self._tasks:
             await asyncio.wait(self._tasks)
         if host is not None:
@@ -272,6 +285,21 @@ class Supervisor:
     def list(self, user_id: str | None = None) -> list[Sandbox]:
         """The live sandboxes of this supervisor, or those of one user."""
         return [sandbox for sandbox in self._sandboxes.values() if user_id in (None, sandbox.user_id)]
+
+    async def stats(self, user_id: str | None = None, *, pressure: bool = False) -> dict[tuple[str, str], Stats]:
+        """What the live sandboxes of this supervisor, or those of one user, use now, by user and service id.
+
+        For many this is much cheaper than to ask each. What is only just being started or ended is left out.
+
+        Args:
+            pressure: read also for how long they waited, which takes up to twice as much time again.
+
+        Raises:
+            StateError: the supervisor is not running.
+        """
+        if self._host is None:
+            raise self._refusal
+        return await stats_of_all(self._host, self.list(user_id), pressure=pressure)
 
     async def stop(self, user_id: str, service_id: str, grace: float | None = None) -> Outcome:
         """Stop a sandbox, see `Sandbox.stop`.

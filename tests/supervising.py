@@ -157,8 +157,8 @@ def usage(settings: Settings) -> Usage:
             # SQLite itself keeps those of a second connection until it can close them all; and a server's look for
             # dead owners, in a thread, has their directory open at any moment.
             name = os.readlink(f"/proc/self/fd/{fd}")
-            # What tells of a tenant's pressure is closed a while after its last sandbox, and the epoll that it is in with
-            # the supervisor; any other epoll comes with a descriptor of a cgroup's that would show.
+            # What tells of a tenant's pressure is closed a while after its last sandbox, the epoll that it is in with
+            # the supervisor. Any other epoll comes with a descriptor of a cgroup's that would show.
             passing = ("/owners", ".pressure", "[eventpoll]")
             if "/registry.db" not in name and not name.endswith(passing):
                 descriptors[fd] = name

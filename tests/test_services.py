@@ -329,6 +329,18 @@ async def test_one_that_cannot_start_when_it_comes_back_is_tried_again(settings:
     assert not services(settings)
 
 
+async def test_changed_limits_come_back_too(settings: Settings) -> None:
+    limits = Limits(cpu_weight=None)
+    async with Supervisor(settings=settings) as supervisor:
+        sandbox = await supervisor.start(spec(SLEEP, restart=policy("always")))
+        await sandbox.set_limits(limits)
+    with Registry(settings.state_dir / "registry.db") as registry:
+        (row,) = registry.absent_services()
+    assert SandboxSpec.from_json(row.spec).limits == limits
+    async with Supervisor(settings=settings) as supervisor:
+        await supervisor.stop(USER, "api")
+
+
 async def test_a_one_shot_supervisor_brings_nothing_back(settings: Settings) -> None:
     async with Supervisor(settings=settings) as supervisor:
         await supervisor.start(spec(SLEEP, restart=policy("always")))
