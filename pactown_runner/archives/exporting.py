@@ -19,6 +19,7 @@ from .children import LeftOut, Said, child
 from .descriptors import Sink
 from .errors import ArchiveError
 from .holding import held
+from .ways import check_way
 
 __all__ = ["ARCHIVE_TIMEOUT", "Exported", "While", "export_home", "export_stream"]
 
@@ -67,7 +68,7 @@ def export_home(
     tenant can read, and the virtual environments of its sandboxes, which work nowhere else. It blocks.
 
     Args:
-        target: in a folder that nobody but us can change.
+        target: no tenant may be able to change what lies on the way to it.
         while_: `frozen` freezes all that runs of the tenant; with `stopped` it is an error that something does.
         progress: is told the archive's bytes so far.
         stop: lets another thread end it.
@@ -75,12 +76,14 @@ def export_home(
         python: the interpreter for the child, see `find_python`.
 
     Raises:
-        ArchiveError: the home is too large, cannot be read, or the target cannot be written.
+        ArchiveError: the home is too large, cannot be read, or the target cannot be written, or is in tenants' reach.
         StateError: something runs though it should not, or did not stand still; or another export or import is on.
         FilesError: it was stopped, or its time was up.
         AccountError: the user's account is not what it was.
         NotFoundError: there is no such user any more.
     """
+    target = Path(os.path.abspath(target))
+    check_way(host, target)
     with _written(target) as fd:
         return export_stream(
             host, user, fd, while_=while_, progress=progress, stop=stop, timeout=timeout, python=python
@@ -155,7 +158,6 @@ def _written(target: Path) -> Iterator[int]:
 
     Until then it has none, where the file system can do that, so that also a crash leaves nothing.
     """
-    target = Path(os.path.abspath(target))
     try:
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -17,6 +17,7 @@ from .errors import ArchiveError
 from .exporting import ARCHIVE_TIMEOUT
 from .holding import held
 from .swapping import fresh_home, remove_home, swap
+from .ways import check_way
 
 __all__ = ["Imported", "import_home", "import_stream"]
 
@@ -60,6 +61,7 @@ def import_home(
     follows them. Nothing of the tenant may run, nor does anything start meanwhile. It blocks.
 
     Args:
+        archive: no tenant may be able to change what lies on the way to it.
         made_for: the id of the user whose home the archive was made of, if that is another one.
         progress: is told the archive's bytes so far, and its size.
         stop: lets another thread end it.
@@ -67,12 +69,14 @@ def import_home(
         python: the interpreter for the child, see `find_python`.
 
     Raises:
-        ArchiveError: the archive was refused, or cannot be read; the home is what it was.
+        ArchiveError: the archive was refused, cannot be read, or is in tenants' reach; the home is what it was.
         StateError: something of the tenant runs, or another export or import is on.
         FilesError: it was stopped, or its time was up.
         AccountError: the user's account is not what it was.
         NotFoundError: there is no such user any more.
     """
+    archive = Path(os.path.abspath(archive))
+    check_way(host, archive)
     try:
         fd = os.open(archive, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

@@ -1,8 +1,9 @@
 """Looking into folders of one's own, also those whose mode forbids it to their owner.
 
 An owner may change a mode, and nobody else's permission is needed for that. So where the mode is in the way it is lent
-the bits that are missing, for the few microseconds of one system call. What is looked at is held by a descriptor that
-needs no permission (O_PATH, open(2)), and opened through it, so that no name is ever followed twice.
+the bits that are missing, for the few microseconds of one system call; whoever is killed in just these leaves them
+there. What is looked at is held by a descriptor that needs no permission (O_PATH, open(2)), and opened through it, so
+that no name is ever followed twice.
 """
 
 from __future__ import annotations
