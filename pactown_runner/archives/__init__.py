@@ -17,7 +17,7 @@ the child is picky about archives is the second line.
 
 from __future__ import annotations
 
-from .children import LeftOut, find_python
+from .children import LeftOut
 from .errors import ArchiveError
 from .exporting import ARCHIVE_TIMEOUT, Exported, While, export_home, export_stream
 from .holding import HOLD, held, thaw_held
@@ -34,7 +34,6 @@ __all__ = [
     "While",
     "export_home",
     "export_stream",
-    "find_python",
     "held",
     "import_home",
     "import_stream",

@@ -1,16 +1,9 @@
-"""Children: the programs of `inside`, run as a tenant in a leaf of its own.
-
-Which Python they run on is the tenant's side of things: it has to be one that every tenant can execute, with its
-library. The one that this process runs on may well not be, such as one below `/root`.
-"""
+"""Children: the programs of `inside`, run as a tenant in a leaf of its own, by a Python that tenants can execute."""
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +14,11 @@ from ..host import Host
 from ..jobs import Job, Stop, job
 from ..launcher import Directory
 from ..models import IsolatedUser
-from ..passage import way_to
+from ..pythons import find_python
 from .errors import ArchiveError
 from .inside import wire
 
-__all__ = ["Child", "LeftOut", "Said", "child", "find_python"]
+__all__ = ["Child", "LeftOut", "Said", "child"]
 
 Program = Literal["packing", "extracting", "emptying"]
 
@@ -42,8 +35,6 @@ _NUMBERS: Mapping[Program, set[str]] = {
     "emptying": {"left"},
 }
 """What each has to say when it is done."""
-
-_USUAL_PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3")
 
 _BOOT = """\
 import sys
@@ -155,6 +146,7 @@ def child(
 
     Raises:
         ArchiveError: it could not be started.
+        ConfigError: there is no Python that tenants can execute.
         RunnerError: see `job`.
     """
     argv = (str(python or find_python()), "-I", "-S", "-c", _BOOT)
@@ -177,40 +169,11 @@ def child(
 
 
 @functools.cache
-def find_python() -> str:
-    """The first Python that everybody on this host can execute; without root, our own.
-
-    Raises:
-        ArchiveError: there is none.
-    """
-    own = os.path.realpath(sys.executable)
-    if os.geteuid() != 0 or (_open_to_all(own) and _open_to_all(os.__file__)):
-        return own
-    for path in _USUAL_PYTHONS:
-        if _open_to_all(path):
-            return path
-    raise ArchiveError(
-        f"tenants can execute none of {', '.join((own, *_USUAL_PYTHONS))}", remedy="install the system's python3"
-    )
-
-
-@functools.cache
 def program_text(program: Program) -> bytes:
     """The source of one of the programs, with all that it imports of `inside`."""
     sources = Path(__file__).with_name("inside")
     lines = [f"load({name!r}, {sources.joinpath(f'{name}.py').read_text('utf-8')!r})" for name in _MODULES[program]]
     return "\n".join([_LOAD, *lines, f"inside.{program}.serve(json.loads(sys.stdin.buffer.readline()))"]).encode()
-
-
-def _open_to_all(path: str) -> bool:
-    """Whether everybody can read and execute a file, or read it if it is no program."""
-    try:
-        found = os.stat(path)
-        wanted = stat.S_IROTH | (stat.S_IXOTH & (found.st_mode >> 6))
-        passable = all(directory.stat().st_mode & stat.S_IXOTH for directory in way_to(Path(path)))
-    except OSError:
-        return False
-    return passable and found.st_mode & wanted == wanted
 
 
 def _numbers(payload: bytes, names: set[str]) -> dict[str, int]:

@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pactown_runner.archives import children
-from pactown_runner.archives.children import Program, find_python, program_text
+from pactown_runner.archives.children import Program, program_text
 from pactown_runner.archives.inside import packing, wire
 from pactown_runner.archives.inside.blocks import BLOCK
 from pactown_runner.archives.inside.extracting import Extractor
 from pactown_runner.archives.inside.unpressing import Unpressed
 from pactown_runner.archives.inside.wire import Refused
+from pactown_runner.pythons import find_python
 from tests.archives.hostile import END, HOME, checked, file, folder, hardlink, named, pax, sparse, symlink
 
 BOUNDS = {"user_id": "u", "max_bytes": 1 << 20, "max_entries": 100, "max_depth": 20, "max_ratio": 200}

@@ -359,8 +359,8 @@ def test_a_reader_that_goes_away(host: Host, user: IsolatedUser) -> None:
 @pytest.mark.parametrize("what", ["missing/archive.tar.gz", "folder"])
 def test_a_target_that_cannot_be(host: Host, user: IsolatedUser, users_base: Path, what: str) -> None:
     (users_base / "folder").mkdir()
-    with pytest.raises(ArchiveError, match="cannot (write|reach)"):
+    with pytest.raises(ArchiveError, match=r"cannot (write|reach)"):
         export_home(host, user, users_base / what)
-    with pytest.raises(ArchiveError, match="cannot (read|reach)"):
+    with pytest.raises(ArchiveError, match=r"cannot (read|reach)"):
         import_home(host, user, users_base / what)
     assert sorted(os.listdir(users_base)) == [".state", "folder", user.linux_username]
