@@ -1,12 +1,12 @@
-"""`python -m benchmarks [spawn|logs|idle] [options]`: one (options alone: `spawn`), or all with their defaults."""
+"""`python -m benchmarks [NAME] [options]`: one (options alone: `spawn`), or all with their defaults."""
 
 from __future__ import annotations
 
 import sys
 
-from . import idle, logs, spawn
+from . import idle, logs, logs_flood, spawn
 
-BENCHMARKS = {"spawn": spawn.main, "logs": logs.main, "idle": idle.main}
+BENCHMARKS = {"spawn": spawn.main, "logs": logs.main, "logs_flood": logs_flood.main, "idle": idle.main}
 
 
 def main(words: list[str]) -> int:

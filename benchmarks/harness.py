@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from pactown_runner import Settings, Supervisor
 from pactown_runner.purge import Purge
@@ -19,8 +20,8 @@ __all__ = ["bench_supervisor", "loop_delay", "machine", "percentile"]
 
 
 @asynccontextmanager
-async def bench_supervisor() -> AsyncIterator[Supervisor]:
-    """A supervisor whose state, users and cgroups are removed afterwards."""
+async def bench_supervisor(**given: Any) -> AsyncIterator[Supervisor]:
+    """A supervisor whose state, users and cgroups are removed afterwards, with these settings by name."""
     # As with the defaults on most hosts: FIFOs in memory (there /run), homes, logs and registry on the disk.
     with (
         tempfile.TemporaryDirectory(prefix="pactown-bench-", dir="/var/tmp") as disk,
@@ -28,7 +29,10 @@ async def bench_supervisor() -> AsyncIterator[Supervisor]:
     ):
         os.chmod(disk, 0o711)
         settings = Settings.load(
-            users_base=Path(disk, "users"), run_dir=Path(memory, "run"), cgroup_slice=f"{Path(disk).name}.slice"
+            users_base=Path(disk, "users"),
+            run_dir=Path(memory, "run"),
+            cgroup_slice=f"{Path(disk).name}.slice",
+            **given,
         )
         try:
             async with Supervisor(settings=settings) as supervisor:

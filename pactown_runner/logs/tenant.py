@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -74,12 +75,14 @@ class LogTenants:
         self._limits = LogLimits.of(settings)
         self._known: WeakValueDictionary[str, TenantLogs] = WeakValueDictionary()
         self._recent: deque[TenantLogs] = deque(maxlen=_REMEMBERED)
+        self._lock = threading.Lock()
 
     def of(self, key: str) -> TenantLogs:
-        """What the tenant of this key shares."""
-        tenant = self._known.get(key)
-        if tenant is None:
-            tenant = TenantLogs(LogPaths(self._log_dir, self._run_dir, key), self._limits)
-            self._known[key] = tenant
-        self._recent.append(tenant)
+        """What the tenant of this key shares. May be called in a worker thread."""
+        with self._lock:
+            tenant = self._known.get(key)
+            if tenant is None:
+                tenant = TenantLogs(LogPaths(self._log_dir, self._run_dir, key), self._limits)
+                self._known[key] = tenant
+            self._recent.append(tenant)
         return tenant

@@ -16,7 +16,7 @@ READ_BYTES = 1 << 17
 """The most that one turn renders of a stream. More than a piece, or a long line would never be cut."""
 TURN_RECORDS = 256
 """The most records that one turn renders of a stream, about 2 ms of work for both."""
-DROPPED_BYTES = 4 << 20
+DROPPED_BYTES = 1 << 20
 """So much of a stream is dropped at most before its count is written down: until then the spool keeps it all."""
 
 

@@ -112,8 +112,9 @@ async def test_a_full_log_is_put_aside_when_there_is_room_again(
 
 
 async def test_what_is_dropped_while_the_disk_is_full_is_counted_and_frees_it(
-    make_pump: MakePump, write: Write, small: LogPaths, clock: Clock
+    make_pump: MakePump, write: Write, small: LogPaths, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pactown_runner.logs.writer.DROPPED_BYTES", 1 << 30)
     pump = make_pump(paths=small, retry=0.01, tenant=rated(small, clock, drops=True))
     pump.create()
     pump.start()

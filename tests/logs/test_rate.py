@@ -269,6 +269,7 @@ async def test_a_successor_counts_what_its_predecessor_dropped_and_had_not_count
     make_pump: MakePump, write: Write, paths: LogPaths, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pactown_runner.logs.pump.COUNT_SECONDS", 3600)
+    monkeypatch.setattr("pactown_runner.logs.writer.DROPPED_BYTES", 1 << 30)
     last = 500_000
     pump = make_pump(tenant=rated(paths, clock, drops=True))
     program = await flood(pump, write, "sh", "-c", f"seq {last}; read x", stdin=asyncio.subprocess.PIPE)
