@@ -58,7 +58,7 @@ SANDBOX: dict[str, Any] = {
     "outcome": None,
     "last_outcome": None,
 }
-SANDBOXES: dict[str, Any] = {"sandboxes": [SANDBOX], "count": 1}
+SANDBOXES: dict[str, Any] = {"sandboxes": [SANDBOX], "count": 1, "next": None}
 STATS: dict[str, Any] = {
     "memory_current": 8_392_704,
     "memory_peak": 9_175_040,

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..config import Settings
 from .access import Caller, Callers, Peer
-from .paths import MalformedPathError, canonical
+from .paths import MalformedPathError, canonical, check_query
 from .problems import problem
 
 __all__ = ["Gate"]
@@ -61,6 +61,7 @@ class Gate:
             return problem(401, "unauthorised", "a bearer token is needed that is known here", headers=challenge)
         try:
             scope["path"] = canonical(scope.get("raw_path") or b"")
+            check_query(scope.get("query_string") or b"")
         except MalformedPathError as error:
             return problem(400, "bad-path", str(error))
         scope["pactown.caller"] = caller

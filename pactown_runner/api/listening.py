@@ -24,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..config import Settings
 from ..errors import ConfigError, StateError
+from ..passage import exposed
 from .access import Peer, group_id, peer_of
 from .app import Application
 
@@ -118,6 +119,9 @@ def _unix_socket(path: Path, settings: Settings) -> Generator[socket.socket, Non
     with ExitStack() as held:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if (reason := exposed(path)) is not None:
+                # Another socket there would be told all that callers send.
+                raise ConfigError(f"api_socket {path} is not safe: {reason}", remedy="name another place for it")
             if gid is not None and path.parent == settings.run_dir:
                 _let_pass(path.parent, gid)
             held.enter_context(_only_one(path))

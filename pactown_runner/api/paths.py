@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from urllib.parse import quote, unquote, unquote_to_bytes
 
-__all__ = ["MalformedPathError", "canonical", "decoded"]
+__all__ = ["MalformedPathError", "canonical", "check_query", "decoded"]
 
 _ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
 class MalformedPathError(ValueError):
-    """A path that names nothing: it is no absolute one, has a malformed escape, or bytes that are no UTF-8."""
+    """A path that names nothing: it is no absolute one, it or its query has a malformed escape, or no UTF-8."""
 
 
 def canonical(raw_path: bytes) -> str:
@@ -33,6 +33,20 @@ def canonical(raw_path: bytes) -> str:
         return "/".join(quote(unquote_to_bytes(segment).decode(), safe="") for segment in raw_path.split(b"/"))
     except UnicodeDecodeError as error:
         raise MalformedPathError("the path has bytes that are not UTF-8") from error
+
+
+def check_query(query: bytes) -> None:
+    """See that a query holds text, which is all that it will be taken for.
+
+    Raises:
+        MalformedPathError: it cannot be decoded without a loss.
+    """
+    if _ESCAPE.search(query):
+        raise MalformedPathError("the query has a % that begins no escape")
+    try:
+        unquote_to_bytes(query).decode()
+    except UnicodeDecodeError as error:
+        raise MalformedPathError("the query has bytes that are not UTF-8") from error
 
 
 def decoded(segments: str) -> str:

@@ -6,7 +6,17 @@ import base64
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import Path, Query
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from cgroups import Limits, Stats
 
@@ -72,9 +82,20 @@ PageLimit = Annotated[
 ]
 After = Annotated[str | None, Query(description="Begin behind this one: the `next` of the answer before.")]
 
-Size = StrictInt | StrictStr
+
+def _encodable(text: str) -> str:
+    # JSON can write halves of characters, which no program can be given.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("this is no text: it has half a character") from error
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_encodable)]
+Size = StrictInt | Text
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
-Command = StrictStr | list[StrictStr]
+Command = Text | list[Text]
 
 
 class In(BaseModel):
@@ -176,7 +197,7 @@ class TierIn(In):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"tier": "pro"}, {"tier": "free", "blocked": True}]})
 
-    tier: StrictStr | None = Field(None, description="A tier's name; null for none.")
+    tier: Text | None = Field(None, description="A tier's name; null for none.")
     blocked: StrictBool = Field(
         False, description="What runs of the tenant stands still, and nothing is started for it."
     )
@@ -204,11 +225,11 @@ class LimitsIn(In):
     memory_min: Size | None = None
     memory_swap_max: Size | None = Field(None, description="With `memory_max` it is 0 unless given.")
     memory_oom_group: StrictBool | None = None
-    cpu_max: StrictFloat | StrictInt | StrictStr | None = Field(None, description='Cores: 0.5, or "50%".')
+    cpu_max: StrictFloat | StrictInt | Text | None = Field(None, description='Cores: 0.5, or "50%".')
     cpu_weight: StrictInt | None = Field(None, ge=1, le=10_000)
     pids_max: Size | None = Field(None, description="Processes and threads.")
-    cpuset_cpus: StrictStr | None = Field(None, description='Such as "0-1,3".')
-    io_max: dict[StrictStr, StrictStr | dict[Literal["rbps", "wbps", "riops", "wiops"], Size]] | None = Field(
+    cpuset_cpus: Text | None = Field(None, description='Such as "0-1,3".')
+    io_max: dict[Text, Text | dict[Literal["rbps", "wbps", "riops", "wiops"], Size]] | None = Field(
         None, description='By disk: {"8:0": {"wbps": "10M"}}.'
     )
     io_weight: StrictInt | None = Field(None, ge=1, le=10_000)
@@ -235,7 +256,7 @@ class ProbeIn(In):
     """How a service is asked; by a port, an HTTP path as well, or a command."""
 
     port: Annotated[StrictInt, Field(ge=1, le=65535)] | None = None
-    path: StrictStr | None = None
+    path: Text | None = None
     command: Command | None = None
     interval: Seconds = 1.0
     timeout: Seconds = 2.0
@@ -264,14 +285,14 @@ class SandboxIn(In):
         }
     )
 
-    user_id: StrictStr = Field(description="The SaaS user; an account is made if there is none.")
-    service_id: StrictStr = Field(description="Unique within the user; 1 to 63 of A-Z a-z 0-9 . _ -.")
+    user_id: Text = Field(description="The SaaS user; an account is made if there is none.")
+    service_id: Text = Field(description="Unique within the user; 1 to 63 of A-Z a-z 0-9 . _ -.")
     command: Command = Field(description="A string is run by `/bin/sh -c`, a list is executed as it is.")
     kind: Literal["service", "run"] = Field(
         "service", description="`run`: the answer comes when it has ended, with its outcome; it ends with the caller."
     )
-    env: dict[StrictStr, StrictStr] = Field(default_factory=dict)
-    cwd: StrictStr | None = Field(None, description="Relative to the service's directory, or absolute.")
+    env: dict[Text, Text] = Field(default_factory=dict)
+    cwd: Text | None = Field(None, description="Relative to the service's directory, or absolute.")
     limits: LimitsIn | None = Field(None, description="Null takes those of the tenant's tier, or of the settings.")
     timeout: Seconds | None = Field(None, description="Seconds of one run, after which all of it is killed.")
     stop_grace: Seconds | None = Field(None, description="Seconds between SIGTERM and SIGKILL.")
@@ -351,7 +372,7 @@ class SandboxesPage(BaseModel):
 
     sandboxes: list[SandboxView]
     count: int = Field(description="How many these are.")
-    next: str | None = Field(None, description="Where the next page begins; absent in the last one.")
+    next: str | None = Field(None, description="Where the next page begins; null in the last one.")
 
 
 class ExecIn(In):
@@ -360,10 +381,10 @@ class ExecIn(In):
     model_config = ConfigDict(json_schema_extra={"examples": [{"command": ["cat"], "stdin": "hello"}]})
 
     command: Command = Field(description="A string is run by `/bin/sh -c`, a list is executed as it is.")
-    env: dict[StrictStr, StrictStr] = Field(default_factory=dict)
-    cwd: StrictStr | None = Field(None, description="Relative to the service's directory, or absolute.")
-    stdin: StrictStr | None = Field(None, description="What it reads; else it is `/dev/null`.")
-    stdin_b64: StrictStr | None = Field(None, description="The same for bytes that are not text.")
+    env: dict[Text, Text] = Field(default_factory=dict)
+    cwd: Text | None = Field(None, description="Relative to the service's directory, or absolute.")
+    stdin: Text | None = Field(None, description="What it reads; else it is `/dev/null`.")
+    stdin_b64: Text | None = Field(None, description="The same for bytes that are not text.")
     timeout: Annotated[Seconds, Field(gt=0)] = Field(60.0, description="Seconds, after which it is killed.")
 
     @model_validator(mode="after")

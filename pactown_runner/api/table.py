@@ -224,7 +224,8 @@ def add_routes(app: FastAPI, settings: Settings, rows: tuple[Row, ...] = ROWS) -
             name=row.name,
             operation_id=row.name,
             response_model=row.model,
-            response_model_exclude_none=row.model in (UsersPage, UserStatsOut, SandboxesPage),
+            # The reference has nothing where we would have null.
+            response_model_exclude_none=row.model in (UsersPage, UserStatsOut),
             response_class=JSONResponse if row.model is not None else Response,
             responses=_responses(row),
             openapi_extra=_extra(row),
