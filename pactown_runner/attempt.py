@@ -283,6 +283,7 @@ class Attempt:
         self.program.close_stdin()
         try:
             await held.pump.finish()
+            self._host.store.drop(self.run.run_id)
         except (LogError, OSError) as error:
             _log.error("log of %s is not complete: %s", held.place, error)
             held.pump.detach()

@@ -143,6 +143,7 @@ class Holdings:
             self.ooms_before = host.tree.tenant_oom(self.user.key)
             self.pump = self._make_pump()
             self.pump.create()
+            host.store.keep(self._run.run_id, *self.pump.child_fds)
             undo.pop_all()
         return self
 
@@ -221,6 +222,7 @@ class Holdings:
             gid=user.linux_gid,
             feed=self._feed,
             hub=self._host.hub,
+            tenant=self._host.log_tenants.of(user.key),
         )
 
     # Having -----------------------------------------------------------------------------------------------------

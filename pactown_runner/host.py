@@ -13,9 +13,10 @@ from .admission import Admission
 from .config import Settings
 from .errors import RegistryError
 from .events import EventBus
-from .logs import LogHub
+from .logs import LogHub, LogTenants
 from .models import IsolatedUser
 from .monitor import Monitor
+from .notify import DescriptorStore
 from .owners import Owner
 from .registry import Registry
 from .trees import Tree
@@ -67,12 +68,15 @@ class LoopHost(Host):
     """What the sandboxes of one supervisor share, on its event loop."""
 
     hub: LogHub
+    log_tenants: LogTenants
     threads: ThreadPoolExecutor
     quick: Registry
     """The registry without waiting, for the event loop: what cannot be had at once is left to a thread."""
     events: EventBus
     monitor: Monitor
     admission: Admission
+    store: DescriptorStore
+    """Where FIFOs are kept beyond this process's end, if the service manager keeps any."""
 
     async def release_soon(self, claim: Claim) -> None:
         """As `release`, from the loop: at once as a rule, in a thread where the registry has to be waited for."""

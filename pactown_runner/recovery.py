@@ -115,7 +115,9 @@ async def _end(host: LoopHost, key: str, service_id: str, run_id: str, *, keep: 
         where = (slice_name(key), f"{service_id}.scope")
         await host.in_thread(lambda: host.tree.end_scope(*where, timeout=END_PATIENCE))
     finally:
-        if not await _finish_log(pump):
+        if await _finish_log(pump):
+            host.store.drop(run_id)
+        else:
             host.unwritten[key, service_id, run_id] = time.monotonic()
     await host.in_thread(host.tree.remove_if_unused, key)
     if not keep:
@@ -126,6 +128,9 @@ async def sweep(host: LoopHost) -> None:
     """Remove what bears our state's mark and no record names, and forget owners that are dead."""
     for claim in await host.in_thread(_sweep, host):
         await write_down(host, claim)
+    if names := host.store.names():
+        for run_id in names - {row.run_id for row in await host.in_thread(host.registry.rows)}:
+            host.store.drop(run_id)
 
 
 async def write_down(host: LoopHost, claim: Claim) -> None:
@@ -176,7 +181,16 @@ def _open_log(host: LoopHost, key: str, service_id: str, run_id: str) -> LogPump
     if (service_id, run_id) not in paths.leftovers():
         return None
     user_id = host.registry.key_holder(key) or ""
-    pump = LogPump(paths=paths, user_id=user_id, service_id=service_id, run_id=run_id, uid=-1, gid=-1, hub=host.hub)
+    pump = LogPump(
+        paths=paths,
+        user_id=user_id,
+        service_id=service_id,
+        run_id=run_id,
+        uid=-1,
+        gid=-1,
+        hub=host.hub,
+        tenant=host.log_tenants.of(key),
+    )
     try:
         pump.adopt(alive=False)
     except (LogError, OSError) as error:

@@ -29,9 +29,10 @@ from .exits import reap_late
 from .holdings import Run
 from .homes import SandboxFiles
 from .host import Claim, LoopHost
-from .logs import LogHub, LogPaths, read_log
+from .logs import LogHub, LogPaths, LogTenants, read_log
 from .models import LogRecord, Outcome, State
 from .monitor import Monitor
+from .notify import DescriptorStore
 from .outcomes import failed_to_start
 from .owners import Owner
 from .recovery import Found, claim_left_behind, end_left_behind, end_unfinished, forget_dead_owners, sweep
@@ -64,6 +65,7 @@ class Supervisor:
         users_base: where homes are. Given alone, and other than the default, it keeps the whole state below it.
         settings: all settings instead.
         role: `one-shot` for a process that does not stay to look after services.
+        store: keeps what sandboxes have printed beyond this process's end, see `notify`.
 
     Attributes:
         settings: as they are in effect.
@@ -71,7 +73,12 @@ class Supervisor:
     """
 
     def __init__(
-        self, users_base: Path | None = None, *, settings: Settings | None = None, role: Role = "server"
+        self,
+        users_base: Path | None = None,
+        *,
+        settings: Settings | None = None,
+        role: Role = "server",
+        store: DescriptorStore | None = None,
     ) -> None:
         if settings is None:
             settings = Settings.load(users_base=users_base)
@@ -79,6 +86,7 @@ class Supervisor:
             raise SpecError("give users_base or settings, not both")
         self.settings = settings
         self._role = role
+        self._store = store or DescriptorStore()
         self._host: LoopHost | None = None
         self._files: SandboxFiles | None = None
         self._refusal: RunnerError = StateError("the supervisor is not running", remedy="use it within `async with`")
@@ -162,11 +170,13 @@ class Supervisor:
             tree=tree,
             owner=owner,
             hub=hub,
+            log_tenants=LogTenants(settings),
             threads=threads,
             quick=quick,
             events=events,
             monitor=Monitor(tree, events, settings, threads),
             admission=admission,
+            store=self._store,
         )
 
     async def _close(self) -> None:
