@@ -222,7 +222,8 @@ async def test_a_clean_end_leaves_nothing_to_take_over(supervisor: Supervisor, c
 
 
 async def test_on_crash_kill_ends_services_too(settings: Settings, child: Start) -> None:
-    process = child(service("echo x; exec sleep 1000"))
+    printed = "    async for _ in sandbox.logs(follow=True):\n        break\n    await say"
+    process = child(service("echo x; exec sleep 1000").replace("    await say", printed))
     pid = int((await process.line()).split()[0])
     await process.killed()
     async with Supervisor(settings=replace(settings, on_crash="kill")) as supervisor:
