@@ -193,7 +193,8 @@ class Settings:
             raise ConfigError(f"venv_uv must be the name or path of a program, not {self.venv_uv!r}")
 
     def _check_api(self) -> None:
-        if self.api_listen is not None and not _LISTEN.fullmatch(str(self.api_listen)):
+        listen = self.api_listen
+        if listen is not None and not (_LISTEN.fullmatch(str(listen)) and int(listen.rpartition(":")[2]) < 1 << 16):
             raise ConfigError(
                 f"api_listen must be an address and a port, not {self.api_listen!r}",
                 remedy="write 127.0.0.1:8600 or [::1]:8600",

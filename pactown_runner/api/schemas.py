@@ -300,6 +300,9 @@ class SandboxIn(In):
     restart: RestartIn | None = Field(None, description="Null for never.")
     ready: ProbeIn | None = None
     alive: ProbeIn | None = None
+    requirements: list[Text] = Field(
+        default_factory=list, description="Python packages that it needs, as pip takes them."
+    )
 
     def spec(self) -> SandboxSpec:
         """Raises SpecError, FormatError: what can never be right."""
@@ -316,6 +319,7 @@ class SandboxIn(In):
             restart=RestartPolicy() if self.restart is None else RestartPolicy(**self.restart.model_dump()),
             ready=None if self.ready is None else self.ready.probe(),
             alive=None if self.alive is None else self.alive.probe(),
+            requirements=tuple(self.requirements),
         )
 
 

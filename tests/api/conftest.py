@@ -115,8 +115,6 @@ async def serving(supervisor: Supervisor, settings: Settings, **options: Any) ->
     async with AsyncExitStack() as held, listening(app, settings) as where:
         api = Api(supervisor, settings, where, held)
         yield api
-        # Before the server stops, which waits for those who are connected.
-        await held.aclose()
 
 
 @pytest.fixture

@@ -90,6 +90,7 @@ def test_a_tier_that_is_named_changes_what_it_says_and_no_more(toml: Path) -> No
         {"api_listen": "127.0.0.1"},
         {"api_listen": "127.0.0.1:port"},
         {"api_listen": 80},
+        {"api_listen": "127.0.0.1:65536"},
         {"api_socket": 5},
         {"api_group": ""},
         {"api_hosts": ("a b",)},
