@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def test_the_first_screen_shows_what_the_command_prints(cli: Cli) -> None:
 
 
 def test_python_works_when_pasted(environ: dict[str, str], tmp_path: Path) -> None:
-    program, limits = blocks("python")
+    program, limits, _ = blocks("python")
     script = tmp_path / "pasted.py"
     script.write_text(f"{program}\nfrom pactown_runner import Limits\n{limits}\n")
     done = subprocess.run(
@@ -48,6 +49,33 @@ def test_python_works_when_pasted(environ: dict[str, str], tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"stdout hello from pactown_\w+\nexited with code 0 after \S+ s\n", done.stdout)
+
+
+def test_the_service_gets_ready(environ: dict[str, str], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = tmp_path / "pasted.py"
+    script.write_text(f"{_SETTING}\n{blocks('python')[2].replace('8001', port)}\n{_START}")
+    done = subprocess.run(
+        [sys.executable, script], check=False, env=environ, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
+
+
+_SETTING = "from pactown_runner import SandboxSpec, Supervisor"
+_START = """
+import asyncio
+
+async def main():
+    async with Supervisor() as supervisor:
+        sandbox = await supervisor.start(spec)
+        await sandbox.until_ready()
+        print("ready")
+        await sandbox.stop()
+
+asyncio.run(main())
+"""
 
 
 def test_commands_work_when_typed(cli: Cli, tmp_path: Path) -> None:
