@@ -17,8 +17,10 @@ _BEGIN = """
 import fcntl, json, os, sys
 fds, words = json.loads(sys.argv[1]), sys.argv[2:]
 # Out of the way first, of each other and of where they go.
-fds = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1000) for fd in fds]
-for number, fd in enumerate(fds):
+copies = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1000) for fd in fds]
+for fd in fds:
+    os.close(fd)
+for number, fd in enumerate(copies):
     os.dup2(fd, 3 + number, inheritable=True)
 os.environ["LISTEN_PID"] = str(os.getpid())
 os.execvp(words[0], words)

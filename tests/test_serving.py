@@ -1,0 +1,211 @@
+"""A supervisor as a process of its own: what it tells its service manager, and what signals and sudden deaths do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pactown_runner import SandboxSpec, Settings
+from pactown_runner.specs import RestartPolicy
+from tests.service_manager import ServiceManager
+from tests.supervising import ROOT, eventually, leftovers, soon, spec
+
+if TYPE_CHECKING:
+    from tests.hostguard import Run
+
+pytestmark = pytest.mark.host
+each_loop = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+
+PROGRAM = """
+import asyncio, contextlib, importlib, sys
+from pactown_runner import SandboxSpec, Settings
+from pactown_runner.serving import serve
+
+loop, *specs = sys.argv[1:]
+
+@contextlib.asynccontextmanager
+async def beside(supervisor):
+    for text in [] if supervisor.list() else specs:
+        await supervisor.start(SandboxSpec.from_json(text))
+    print("ready", *(f"{sandbox.pid} {sandbox.isolation.cgroup}" for sandbox in supervisor.list()), flush=True)
+    yield
+    print("over", *(sandbox.state for sandbox in supervisor.list()), flush=True)
+
+importlib.import_module(loop).run(serve(Settings.load(), beside=beside))
+"""
+ALWAYS = RestartPolicy("always", backoff=0.01)
+SLEEP = ["sleep", "1000"]
+
+Serve = Callable[..., "Server"]
+
+
+class Server:
+    """A process that serves; the test is its service manager."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], manager: ServiceManager, errors: Path) -> None:
+        self.popen = popen
+        self._manager = manager
+        self._errors = errors
+
+    async def ready(self) -> list[str]:
+        """Wait until it looks after its services; returns the pid and cgroup of each."""
+        assert self.popen.stdout is not None
+        line = await soon(asyncio.to_thread(self.popen.stdout.readline))
+        assert line.startswith(b"ready"), self.errors()
+        return line.decode().split()[1:]
+
+    async def ended(self) -> int:
+        """Wait for its end, and hear what it has to say meanwhile."""
+
+        def has_ended() -> bool:
+            # In this order, so that nothing is missed.
+            status = self.popen.poll()
+            self._manager.listen()
+            return status is not None
+
+        await eventually(has_ended)
+        return self.popen.wait()
+
+    def errors(self) -> str:
+        return self._errors.read_text()
+
+
+@pytest.fixture
+def manager(test_run: Run) -> Iterator[ServiceManager]:
+    with (
+        tempfile.TemporaryDirectory(prefix="notify-", dir=test_run.directory) as directory,
+        ServiceManager(f"{directory}/notify") as manager,
+    ):
+        yield manager
+
+
+@pytest.fixture
+def serving(settings: Settings, manager: ServiceManager, tmp_path: Path) -> Iterator[Serve]:
+    """Starts servers of this test's state; those that live are killed at the end."""
+    servers: list[Server] = []
+
+    def start(*specs: SandboxSpec, loop: str = "asyncio", **environ: str) -> Server:
+        environ = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "PACTOWN_USERS_BASE": str(settings.users_base),
+            "PACTOWN_CGROUP_SLICE": settings.cgroup_slice,
+            "PACTOWN_UID_RANGES": "{}-{}".format(*settings.uid_ranges[0]),
+            **environ,
+        }
+        words = [sys.executable, "-c", PROGRAM, loop, *(spec.to_json() for spec in specs)]
+        errors = tmp_path / f"errors-{len(servers)}"
+        with errors.open("wb") as stderr:
+            popen = manager.start(words, environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
+        servers.append(Server(popen, manager, errors))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        with server.popen as popen:
+            popen.kill()
+
+
+async def heard(manager: ServiceManager, line: str, times: int = 1) -> None:
+    """Wait until a line has been said so often."""
+
+    def listen() -> bool:
+        manager.listen()
+        return manager.said.count(line) >= times
+
+    await eventually(listen)
+
+
+def log_of(settings: Settings, stream: str = "stdout") -> list[str]:
+    """What the service has printed; empty if nothing was ever written down."""
+    logs = [path.read_text() for path in settings.log_dir.glob("*/api.jsonl")]
+    records = [json.loads(line) for log in logs for line in log.splitlines()]
+    return [record["line"] for record in records if record["stream"] == stream]
+
+
+# ---- In order
+
+
+@each_loop
+async def test_the_manager_hears_of_the_whole_life(
+    serving: Serve, manager: ServiceManager, settings: Settings, loop: str
+) -> None:
+    server = serving(spec(SLEEP), loop=loop, WATCHDOG_USEC="100000")
+    await server.ready()
+    await heard(manager, "READY=1")
+    await heard(manager, "WATCHDOG=1", times=3)
+    before = list(manager.said)
+    assert "STOPPING=1" not in before
+    server.popen.terminate()
+    assert await server.ended() == 0, server.errors()
+    assert server.popen.stdout is not None
+    assert server.popen.stdout.read() == b"over running\n", "what goes on beside it ends first"
+    said = manager.said[len(before) :]
+    assert {"STATUS=ending 1 sandbox", "EXTEND_TIMEOUT_USEC=30000000"} < set(said)
+    assert not leftovers(settings)
+
+
+@each_loop
+async def test_what_is_left_running_is_taken_over(
+    serving: Serve, manager: ServiceManager, settings: Settings, loop: str
+) -> None:
+    services = [spec(SLEEP, service=name, restart=ALWAYS) for name in ("one", "two")]
+    server = serving(*services, loop=loop, PACTOWN_ON_EXIT="leave")
+    running = await server.ready()
+    server.popen.terminate()
+    assert await server.ended() == 0, server.errors()
+    successor = serving(loop=loop)
+    assert sorted(await successor.ready()) == sorted(running)
+    successor.popen.terminate()
+    assert await successor.ended() == 0, successor.errors()
+    assert not leftovers(settings)
+
+
+@each_loop
+async def test_a_second_signal_lets_all_grace_be_over(
+    serving: Serve, manager: ServiceManager, settings: Settings, loop: str
+) -> None:
+    stubborn = spec("trap 'echo no' TERM; echo up; while :; do sleep 100; done", stop_grace=1000.0)
+    server = serving(stubborn, loop=loop)
+    await server.ready()
+    await eventually(lambda: "up" in log_of(settings))
+    server.popen.terminate()
+    await heard(manager, "STOPPING=1")
+    await eventually(lambda: "no" in log_of(settings))
+    server.popen.send_signal(signal.SIGINT)
+    assert await server.ended() == 0, server.errors()
+    assert "SIGINT again" in server.errors()
+    assert not leftovers(settings)
+
+
+async def test_a_hang_up_means_nothing_without_a_terminal(serving: Serve, manager: ServiceManager) -> None:
+    server = serving()
+    await server.ready()
+    server.popen.send_signal(signal.SIGHUP)
+    await eventually(lambda: "SIGHUP does nothing" in server.errors())
+    manager.listen()
+    assert "STOPPING=1" not in manager.said
+    server.popen.send_signal(signal.SIGINT)
+    assert await server.ended() == 0
+
+
+async def test_one_that_cannot_begin_is_never_ready(
+    serving: Serve, manager: ServiceManager, settings: Settings
+) -> None:
+    settings.state_dir.mkdir(mode=0o700)
+    (settings.state_dir / "run").mkdir()
+    (settings.state_dir / "run").chmod(0o777)
+    server = serving()
+    assert await server.ended() == 1
+    assert "LogError" in server.errors()
+    assert "READY=1" not in manager.said
