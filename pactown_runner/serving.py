@@ -1,6 +1,7 @@
 """A supervisor as a process of its own, which looks after services until it is asked to end.
 
-The service manager that started it, if one did, hears when it is ready, that it is alive and when it is ending.
+The service manager that started it, if one did, hears when it is ready, that it is alive and when it is ending, and
+keeps what must outlive it: `notify`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import AbstractAsyncContextManager
 from .config import Settings
 from .errors import TreeError
 from .events import EventReader
-from .notify import Notifier, watchdog_seconds
+from .notify import DescriptorStore, Notifier, received, watchdog_seconds
 from .supervisor import Supervisor
 
 __all__ = ["serve"]
@@ -42,7 +43,7 @@ async def serve(settings: Settings, *, beside: Beside | None = None) -> None:
     elsewhere: settings are read once, and restarting with `on_exit="leave"` is how to change them. A signal that was
     ignored when it began stays ignored.
 
-    To be called once in a process, in its main thread: signals are the process's.
+    To be called once in a process, in its main thread: signals and descriptors are the process's.
 
     Args:
         beside: what goes on meanwhile, such as an API: entered before it is ready, left before sandboxes end.
@@ -51,12 +52,22 @@ async def serve(settings: Settings, *, beside: Beside | None = None) -> None:
         RunnerError: it could not begin.
     """
     with contextlib.closing(Notifier.from_environment()) as notifier:
-        await _Serving(settings, notifier).to_end(beside or contextlib.nullcontext)
+        await _Serving(settings, notifier, _inherited(notifier)).to_end(beside or contextlib.nullcontext)
+
+
+def _inherited(notifier: Notifier) -> DescriptorStore:
+    passed = received()
+    store = DescriptorStore.inherited(notifier, passed)
+    for name, fds in passed.items():
+        _log.warning("nobody here wants what the service manager passed as %r", name)
+        for fd in fds:
+            os.close(fd)
+    return store
 
 
 class _Serving:
-    def __init__(self, settings: Settings, notifier: Notifier) -> None:
-        self._supervisor = Supervisor(settings=settings)
+    def __init__(self, settings: Settings, notifier: Notifier, store: DescriptorStore) -> None:
+        self._supervisor = Supervisor(settings=settings, store=store)
         self._notifier = notifier
         self._asked = asyncio.Event()
         self._busy = True

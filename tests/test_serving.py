@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cgroups import find_mount
 from pactown_runner import SandboxSpec, Settings
+from pactown_runner.notify import NAME_PREFIX
 from pactown_runner.specs import RestartPolicy
 from tests.service_manager import ServiceManager
 from tests.supervising import ROOT, eventually, leftovers, soon, spec
@@ -45,6 +47,9 @@ importlib.import_module(loop).run(serve(Settings.load(), beside=beside))
 """
 ALWAYS = RestartPolicy("always", backoff=0.01)
 SLEEP = ["sleep", "1000"]
+LINES = 5000
+"""So many fit into a FIFO, which holds 64 KiB."""
+LAST_WORDS = f"while [ ! -e go ]; do sleep 0.01; done; seq {LINES}; exec >&2; echo done"
 
 Serve = Callable[..., "Server"]
 
@@ -94,7 +99,7 @@ def serving(settings: Settings, manager: ServiceManager, tmp_path: Path) -> Iter
     """Starts servers of this test's state; those that live are killed at the end."""
     servers: list[Server] = []
 
-    def start(*specs: SandboxSpec, loop: str = "asyncio", **environ: str) -> Server:
+    def start(*specs: SandboxSpec, loop: str = "asyncio", capacity: int = 100, **environ: str) -> Server:
         environ = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),
@@ -106,7 +111,9 @@ def serving(settings: Settings, manager: ServiceManager, tmp_path: Path) -> Iter
         words = [sys.executable, "-c", PROGRAM, loop, *(spec.to_json() for spec in specs)]
         errors = tmp_path / f"errors-{len(servers)}"
         with errors.open("wb") as stderr:
-            popen = manager.start(words, environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
+            popen = manager.start(
+                words, environ, capacity=capacity, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
+            )
         servers.append(Server(popen, manager, errors))
         return servers[-1]
 
@@ -144,6 +151,9 @@ async def test_the_manager_hears_of_the_whole_life(
     await server.ready()
     await heard(manager, "READY=1")
     await heard(manager, "WATCHDOG=1", times=3)
+    ((name, kept),) = manager.store.items()
+    assert name.startswith(NAME_PREFIX)
+    assert [os.readlink(f"/proc/self/fd/{fd}").rsplit(".", 1)[1] for fd in kept] == ["out", "err"]
     before = list(manager.said)
     assert "STOPPING=1" not in before
     server.popen.terminate()
@@ -151,7 +161,9 @@ async def test_the_manager_hears_of_the_whole_life(
     assert server.popen.stdout is not None
     assert server.popen.stdout.read() == b"over running\n", "what goes on beside it ends first"
     said = manager.said[len(before) :]
+    assert said.index("STOPPING=1") < said.index("FDSTOREREMOVE=1")
     assert {"STATUS=ending 1 sandbox", "EXTEND_TIMEOUT_USEC=30000000"} < set(said)
+    assert not manager.store
     assert not leftovers(settings)
 
 
@@ -164,10 +176,15 @@ async def test_what_is_left_running_is_taken_over(
     running = await server.ready()
     server.popen.terminate()
     assert await server.ended() == 0, server.errors()
+    kept = dict(manager.store)
+    assert len(kept) == 2
     successor = serving(loop=loop)
     assert sorted(await successor.ready()) == sorted(running)
+    manager.listen()
+    assert manager.store == kept, "nothing was given twice"
     successor.popen.terminate()
     assert await successor.ended() == 0, successor.errors()
+    assert not manager.store
     assert not leftovers(settings)
 
 
@@ -209,3 +226,50 @@ async def test_one_that_cannot_begin_is_never_ready(
     assert await server.ended() == 1
     assert "LogError" in server.errors()
     assert "READY=1" not in manager.said
+
+
+# ---- Descriptors that outlive it
+
+
+@pytest.mark.parametrize(("capacity", "kept"), [(100, True), (0, False)])
+async def test_what_sits_in_a_fifo_outlives_sandbox_and_supervisor(
+    serving: Serve, manager: ServiceManager, settings: Settings, capacity: int, kept: bool
+) -> None:
+    server = serving(spec(LAST_WORDS), capacity=capacity)
+    _, cgroup = await server.ready()
+    # From here on nobody reads the FIFOs.
+    server.popen.send_signal(signal.SIGSTOP)
+    (home,) = settings.users_base.glob("pactown_*")
+    (home / "sandboxes/api/go").touch()
+    events = find_mount().path / cgroup.lstrip("/") / "cgroup.events"
+    await eventually(lambda: "populated 0" in events.read_text())
+    server.popen.kill()
+    await server.ended()
+    assert bool(manager.store) is kept
+    successor = serving(capacity=capacity)
+    await successor.ready()
+    await eventually(lambda: not events.exists())
+    # Without a store it is lost with the last descriptor, which is what the store is for.
+    assert log_of(settings) == ([str(number) for number in range(1, LINES + 1)] if kept else [])
+    assert log_of(settings, "stderr") == (["done"] if kept else [])
+    manager.listen()
+    assert not manager.store
+    successor.popen.terminate()
+    assert await successor.ended() == 0
+    assert not leftovers(settings)
+
+
+async def test_what_is_kept_of_runs_that_are_no_more_is_dropped(
+    serving: Serve, manager: ServiceManager, settings: Settings
+) -> None:
+    manager.store[f"{NAME_PREFIX}0123456789abcdef"] = [os.open("/dev/null", os.O_RDWR) for _ in range(2)]
+    manager.store["somebody's"] = [os.open("/dev/null", os.O_RDWR)]
+    server = serving()
+    await server.ready()
+    await heard(manager, "FDSTOREREMOVE=1")
+    assert list(manager.store) == ["somebody's"]
+    assert 'nobody here wants what the service manager passed as "somebody\'s"' in server.errors()
+    fds = {os.readlink(path) for path in Path(f"/proc/{server.popen.pid}/fd").iterdir() if int(path.name) > 2}
+    assert "/dev/null" not in fds
+    server.popen.terminate()
+    assert await server.ended() == 0

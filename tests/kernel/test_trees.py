@@ -18,7 +18,7 @@ import pytest
 from cgroups import Limits
 from pactown_runner import Settings, Supervisor
 from tests.kernel.conftest import MIB, cgroup_of, slice_of
-from tests.supervising import ROOT, Child, eventually, line_of, python, soon, spec
+from tests.supervising import ROOT, Child, line_of, python, soon, spec
 
 if TYPE_CHECKING:
     from tests.hostguard import Run
@@ -107,52 +107,6 @@ async def test_a_killed_supervisor_takes_no_sandbox_along(settings: Settings) ->
         assert not scope.exists()
     finally:
         child.close()
-
-
-@pytest.mark.usefixtures("under_systemd")
-async def test_a_supervisor_that_is_a_unit_can_be_restarted(settings: Settings, test_run: Run) -> None:
-    """With live sandboxes in its own cgroup systemd could not: "Device or resource busy"."""
-    unit = f"{test_run.name}-supervisor.service"
-    values = {name: str(getattr(settings, name)) for name in ("users_base", "state_dir", "log_dir", "run_dir")}
-    environment = {f"PACTOWN_{name.upper()}": value for name, value in values.items()}
-    environment |= {
-        "PACTOWN_CGROUP_SLICE": settings.cgroup_slice,
-        "PACTOWN_UID_RANGES": "{}-{}".format(*settings.uid_ranges[0]),
-        "PYTHONPATH": str(ROOT),
-    }
-    program = """
-import asyncio
-from pactown_runner import Limits, SandboxSpec, Settings, Supervisor
-async def main():
-    async with Supervisor(settings=Settings.load()) as supervisor:
-        if not supervisor.list():
-            limits = Limits(memory_max="64M", pids_max=32, cpu_max=0.5)
-            await supervisor.start(SandboxSpec(user_id="u", service_id="s", command=["sleep", "1000"], limits=limits))
-        print("pid", supervisor.get("u", "s").pid, flush=True)
-        await asyncio.sleep(1000)
-asyncio.run(main())
-"""
-    log = settings.state_dir.parent / "supervisor.log"
-    setenv = [f"--setenv={name}={value}" for name, value in environment.items()]
-    properties = ("Restart=always", "RestartSec=100ms", f"StandardOutput=append:{log}")
-    options = [*setenv, *(f"--property={text}" for text in properties)]
-    command = ["systemd-run", "--quiet", "--collect", f"--unit={unit}", *options, sys.executable, "-c", program]
-    subprocess.run(command, check=True)
-
-    async def started(times: int) -> None:
-        await eventually(lambda: log.exists() and len(log.read_text().splitlines()) == times, 60)
-
-    try:
-        await started(1)
-        systemctl("kill", "--signal=SIGKILL", unit)
-        await started(2)
-        systemctl("restart", unit)
-        await started(3)
-        assert len(set(log.read_text().splitlines())) == 1, "the same process all along"
-    finally:
-        subprocess.run(["systemctl", "stop", unit], check=False, capture_output=True)
-    async with Supervisor(settings=settings) as successor:
-        await soon(successor.get("u", "s").kill())
 
 
 HOG = "import sys; x = b'x' * (int(sys.argv[1]) << 20); print('ready', flush=True); sys.stdin.read()"
