@@ -27,8 +27,9 @@ from cgroups import Limits
 
 from .config import Settings
 from .errors import AdmissionError
-from .registry import Quota
+from .registry import Quota, Quotas
 from .specs import SandboxSpec
+from .tiers import Tier
 
 __all__ = ["DESCRIPTORS_EACH", "DESCRIPTORS_SPARE", "MEMORY_AGE", "Admission", "raise_descriptor_limit"]
 
@@ -47,15 +48,15 @@ class Admission:
     """Says whether one more sandbox fits on this host and into this process. For one event loop.
 
     Attributes:
-        quota: what a tenant's own starts may claim, for `Registry.claim` and `register`; None where nothing is capped.
+        quota: what a tenant's own starts may claim, for `Registry.claim` and `register`.
         caps: the same for what starts by itself, such as services that come back: it costs no tenant a start.
     """
 
     def __init__(self, settings: Settings) -> None:
-        caps = Quota(settings.max_sandboxes, settings.max_sandboxes_per_user)
-        quota = caps._replace(starts_per_minute=settings.starts_per_minute)
-        self.quota = None if quota == Quota() else quota
-        self.caps = None if caps == Quota() else caps
+        self.quota = _quotas(settings)
+        self.caps = Quotas(
+            _capped(self.quota.general), {name: _capped(own) for name, own in self.quota.of_tiers.items()}
+        )
         self._reserve = settings.memory_reserve
         self._default_limits = settings.default_limits
         self._tenant_most = _memory_max(settings.tenant_limits)
@@ -124,6 +125,21 @@ def raise_descriptor_limit() -> int:
         with contextlib.suppress(ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _quotas(settings: Settings) -> Quotas:
+    general = Quota(settings.max_sandboxes, settings.max_sandboxes_per_user, settings.starts_per_minute)
+    return Quotas(general, {tier.name: _quota_of(tier, general) for tier in settings.tiers})
+
+
+def _quota_of(tier: Tier, general: Quota) -> Quota:
+    most = general.max_per_user if tier.max_sandboxes is None else tier.max_sandboxes
+    return general._replace(max_per_user=most, starts_per_hour=tier.starts_per_hour)
+
+
+def _capped(quota: Quota) -> Quota:
+    """Without its rates."""
+    return quota._replace(starts_per_minute=None, starts_per_hour=None)
 
 
 def _mib(size: int) -> str:

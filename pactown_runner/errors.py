@@ -10,6 +10,7 @@ __all__ = [
     "AccountError",
     "AdmissionError",
     "AlreadyRunningError",
+    "BlockedError",
     "ConfigError",
     "FilesError",
     "LauncherError",
@@ -88,6 +89,15 @@ class AdmissionError(RunnerError):
         super().__init__(message, remedy=remedy)
         self.limit = limit
         self.retry_after = retry_after
+
+
+class BlockedError(AdmissionError):
+    """The operator has blocked this tenant: nothing is started for it, and what runs stands still."""
+
+    code = "blocked"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, limit="blocked", remedy="have the operator unblock the tenant")
 
 
 class StateError(RunnerError):

@@ -2,8 +2,9 @@
 
 Two tables carry it. `users` is never emptied: a deleted user stays as a tombstone, so that no key and no uid
 goes to somebody else. `sandboxes` holds one row for each service or run that is meant to be alive *now*; with
-the live cgroups it is all that recovery needs. `services` are those that are meant to come back, and `starts` is how
-fast each user may start what it wants: one for all processes that share the state.
+the live cgroups it is all that recovery needs. `services` are those that are meant to come back, `starts` is how fast
+each user may start what it wants, and `standings` what the operator lets it have: one for all processes that share the
+state.
 
 Changes to users and services are on the disk when the call returns. Claims and releases survive the death of any
 process, but the last of them may be lost with the power, when nothing that they name is alive either.
@@ -16,16 +17,28 @@ import operator
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from .database import Database, transaction
-from .errors import AdmissionError, AlreadyRunningError, NotFoundError, RegistryError, StateError
+from .errors import AdmissionError, AlreadyRunningError, BlockedError, NotFoundError, RegistryError, StateError
 from .models import IsolatedUser
 
-__all__ = ["ClaimedError", "Kind", "Quota", "Registry", "Removal", "SandboxRow", "ServiceRow", "UserRow", "UserStatus"]
+__all__ = [
+    "ClaimedError",
+    "Kind",
+    "Quota",
+    "Quotas",
+    "Registry",
+    "Removal",
+    "SandboxRow",
+    "ServiceRow",
+    "Standing",
+    "UserRow",
+    "UserStatus",
+]
 
 UserStatus = Literal["creating", "ready", "deleting", "deleted"]
 """`creating` and `deleting`: the account may or may not exist, and whoever comes next finishes the job."""
@@ -70,11 +83,18 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created_at REAL NOT NULL,
             PRIMARY KEY (key, service_id)
         ) STRICT, WITHOUT ROWID""",
-        # When the user's bucket is full again, in microseconds since the epoch: as many starts are missing from it as
-        # are due until then. One number that only whole numbers are added to stays exact.
+        # When the user's bucket for so many seconds is full again, in microseconds since the epoch: as many starts are
+        # missing from it as are due until then. One number that only whole numbers are added to stays exact.
         """CREATE TABLE starts (
+            key TEXT NOT NULL,
+            seconds INTEGER NOT NULL,
+            full_at INTEGER NOT NULL,
+            PRIMARY KEY (key, seconds)
+        ) STRICT, WITHOUT ROWID""",
+        """CREATE TABLE standings (
             key TEXT NOT NULL PRIMARY KEY,
-            full_at INTEGER NOT NULL
+            tier TEXT,
+            blocked INTEGER NOT NULL
         ) STRICT, WITHOUT ROWID""",
     ),
 )
@@ -88,11 +108,14 @@ _BEGIN_REMOVAL = (
 )
 _SANDBOXES = "SELECT key, service_id, run_id, owner, kind, spec, cgroup, created_at FROM sandboxes "
 _ONE_SANDBOX = _SANDBOXES + "WHERE key = ? AND service_id = ?"
-# Only a ready user can have something alive: a start and a removal exclude each other, in one statement each.
+# Only a ready user can have something alive: a start and a removal exclude each other, in one statement each. Names
+# that begin with `_` are the runner's own, which an operator needs for a tenant that is blocked as well.
 _CLAIM = (
-    "INSERT INTO sandboxes SELECT ?, ?, ?, ?, ?, ?, ?, ? "
-    "WHERE EXISTS (SELECT 1 FROM users WHERE key = ? AND status = 'ready')"
+    "INSERT INTO sandboxes SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8 "
+    "WHERE EXISTS (SELECT 1 FROM users WHERE key = ?1 AND status = 'ready') "
+    "AND (substr(?2, 1, 1) = '_' OR NOT EXISTS (SELECT 1 FROM standings WHERE key = ?1 AND blocked))"
 )
+_CLAIM_WITHOUT_TIER = _CLAIM.replace("AND blocked)", "AND (blocked OR tier IS NOT NULL))")
 _REGISTER = "INSERT OR REPLACE INTO services VALUES (?, ?, ?, ?)"
 # Only one at a time removes a user, and nothing else is alive of it then.
 _CLAIM_REMOVAL = _CLAIM.replace("'ready'", "'deleting'")
@@ -101,10 +124,12 @@ _PLAN = "removal."
 _FORGET = "DELETE FROM services WHERE key = ? AND service_id = ?"
 _ABSENT = (
     "SELECT key, service_id, spec, created_at FROM services WHERE NOT EXISTS (SELECT 1 FROM sandboxes "
-    "WHERE sandboxes.key = services.key AND sandboxes.service_id = services.service_id) ORDER BY created_at"
+    "WHERE sandboxes.key = services.key AND sandboxes.service_id = services.service_id) "
+    "AND NOT EXISTS (SELECT 1 FROM standings WHERE standings.key = services.key AND blocked) ORDER BY created_at"
 )
 _RESTART = (
-    "UPDATE sandboxes SET run_id = ?, created_at = ? WHERE key = ? AND service_id = ? AND run_id = ? AND owner = ?"
+    "UPDATE sandboxes SET run_id = ?, created_at = ? WHERE key = ? AND service_id = ? AND run_id = ? AND owner = ? "
+    "AND NOT EXISTS (SELECT 1 FROM standings WHERE standings.key = sandboxes.key AND blocked)"
 )
 _RELEASE = "DELETE FROM sandboxes WHERE key = ? AND service_id = ? AND run_id = ?"
 _TAKE_OVER = "UPDATE sandboxes SET owner = ? WHERE key = ? AND service_id = ? AND run_id = ? AND owner = ?"
@@ -114,8 +139,10 @@ _COUNT_NAMED = _COUNT + " WHERE substr(service_id, 1, 1) <> '_'"
 _COUNT_OF_USER = _COUNT_NAMED + " AND key = ?"
 # Rows hold specs, and a count that had to read them would take 0.2 ms for a thousand.
 _INDEX_NAMES = "CREATE INDEX IF NOT EXISTS sandboxes_names ON sandboxes (service_id)"
-_FULL_AT = "SELECT full_at FROM starts WHERE key = ?"
-_SET_FULL_AT = "INSERT OR REPLACE INTO starts VALUES (?, ?)"
+_FULL_AT = "SELECT full_at FROM starts WHERE key = ? AND seconds = ?"
+_SET_FULL_AT = "INSERT OR REPLACE INTO starts VALUES (?, ?, ?)"
+_STANDING = "SELECT tier, blocked FROM standings WHERE key = ?"
+_SET_STANDING = "INSERT OR REPLACE INTO standings VALUES (?, ?, ?)"
 _HIGHEST_UID = "SELECT max(uid) FROM users WHERE NOT virtual AND uid BETWEEN ? AND ?"
 _UID_GAPS = (
     "SELECT uid + 1, next FROM (SELECT uid, lead(uid) OVER (ORDER BY uid) AS next FROM "
@@ -193,15 +220,42 @@ class Quota(NamedTuple):
         max_sandboxes: rows of all users.
         max_per_user: rows of one user.
         starts_per_minute: how many claims a user may make in a minute; also how many at once, if it made none before.
+        starts_per_hour: the same for an hour.
     """
 
     max_sandboxes: int | None = None
     max_per_user: int | None = None
     starts_per_minute: float | None = None
+    starts_per_hour: float | None = None
 
 
-_MINUTE = 60_000_000
-"""In microseconds, as all of `starts`."""
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """How much may be claimed, by the user's tier.
+
+    Attributes:
+        general: by users without a tier.
+        of_tiers: by those that have one. Who has one that is not here may claim nothing.
+    """
+
+    general: Quota
+    of_tiers: Mapping[str, Quota] = field(default_factory=dict)
+
+
+class Standing(NamedTuple):
+    """What the operator lets a user have.
+
+    Attributes:
+        tier: a tier's name, or None.
+        blocked: nothing is started for it.
+    """
+
+    tier: str | None = None
+    blocked: bool = False
+
+
+_BOUNDLESS = Quota()
+_MINUTE, _HOUR = 60, 3600
 
 
 class Removal(NamedTuple):
@@ -216,7 +270,7 @@ class Removal(NamedTuple):
     delete_logs: bool = True
 
 
-_values_of = operator.attrgetter(*(field.name for field in fields(SandboxRow)))
+_values_of = operator.attrgetter(*(column.name for column in fields(SandboxRow)))
 """A row as the tuple of its columns; their order is that of the table."""
 
 
@@ -411,17 +465,18 @@ class Registry:
 
     # Sandboxes ---
 
-    def index_for(self, quota: Quota | None) -> None:
+    def index_for(self, quota: Quota | Quotas | None) -> None:
         """Make counting cheap where there is something to count; once, before the first claim.
 
         The index that a cap on the whole host wants costs each claim and release 3 microseconds, and nothing is wrong
         without it. So it is not there before somebody sets such a cap.
         """
+        quota = quota.general if isinstance(quota, Quotas) else quota
         if quota is not None and quota.max_sandboxes is not None:
             with self._database as db:
                 db.execute(_INDEX_NAMES)
 
-    def claim(self, row: SandboxRow, quota: Quota | None = None) -> None:
+    def claim(self, row: SandboxRow, quota: Quota | Quotas | None = None) -> None:
         """Write down that this is meant to be alive, before anything of it is made.
 
         Args:
@@ -431,22 +486,27 @@ class Registry:
         Raises:
             ClaimedError: this user's service is there already, whoever owns it.
             NotFoundError: there is no such user, or it is being made or removed.
+            BlockedError: the user is blocked.
             AdmissionError: that would be more than `quota` allows.
         """
         with self._database as db:
             if quota is None:
                 self._insert(db, row)
-            else:
-                with transaction(db):
-                    self._claim(db, row, quota)
+                return
+            # As a rule nothing is capped, and one statement sees to it that it is so for this user, too.
+            general = quota.general if isinstance(quota, Quotas) else quota
+            if general == _BOUNDLESS and self._try_insert(db, row, _CLAIM_WITHOUT_TIER):
+                return
+            with transaction(db):
+                self._claim(db, row, _quota_of(db, row, quota))
 
-    def register(self, row: SandboxRow, quota: Quota | None = None) -> None:
+    def register(self, row: SandboxRow, quota: Quota | Quotas | None = None) -> None:
         """Claim a service, and write down that it is to come back until it is stopped, in one; durable.
 
         Raises: as `claim`; then neither is written down.
         """
         with self._database.durable() as db, transaction(db):
-            self._claim(db, row, quota)
+            self._claim(db, row, _quota_of(db, row, quota))
             db.execute(_REGISTER, (row.key, row.service_id, row.spec, row.created_at))
 
     def _claim(self, db: sqlite3.Connection, row: SandboxRow, quota: Quota | None) -> None:
@@ -459,20 +519,25 @@ class Registry:
             _check_host(db, row, quota.max_sandboxes)
         if quota.max_per_user is not None:
             _check_user(db, row, quota.max_per_user)
-        if quota.starts_per_minute is not None:
-            _count_start(db, row, quota.starts_per_minute, int(self._clock() * 1e6))
+        for limit, seconds in (("starts_per_minute", _MINUTE), ("starts_per_hour", _HOUR)):
+            if (rate := getattr(quota, limit)) is not None:
+                _count_start(db, row, _Rate(limit, rate, seconds), int(self._clock() * 1e6))
 
     def _insert(self, db: sqlite3.Connection, row: SandboxRow, statement: str = _CLAIM) -> None:
+        if not self._try_insert(db, row, statement):
+            if (found := db.execute(_STANDING, (row.key,)).fetchone()) and found[1]:
+                raise BlockedError(f"cannot start {row.service_id!r}: user {row.key} is blocked")
+            raise NotFoundError(f"cannot start {row.service_id!r}: no user with key {row.key} is ready")
+
+    def _try_insert(self, db: sqlite3.Connection, row: SandboxRow, statement: str) -> bool:
         try:
-            done = db.execute(statement, (*_values_of(row), row.key)).rowcount
+            return db.execute(statement, _values_of(row)).rowcount == 1
         except sqlite3.IntegrityError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
                 raise
             found = db.execute(_ONE_SANDBOX, (row.key, row.service_id)).fetchone()
             # Another process may have released it just now; it was claimed when we asked.
             raise ClaimedError(row, SandboxRow(*found) if found else None) from None
-        if done != 1:
-            raise NotFoundError(f"cannot start {row.service_id!r}: no user with key {row.key} is ready")
 
     def claim_removal(self, row: SandboxRow) -> None:
         """Write down who removes a user whose removal has begun, before anything of it is done.
@@ -495,9 +560,30 @@ class Registry:
             return [ServiceRow(*values) for values in db.execute(_ABSENT).fetchall()]
 
     def restart(self, claim: tuple[str, str, str], owner: str, run_id: str, created_at: float) -> bool:
-        """Begin another run under the same name, which stays claimed. False if it is not `owner`'s any more."""
+        """Begin another run under the same name, which stays claimed. False if it is not `owner`'s any more.
+
+        Raises:
+            BlockedError: the user is blocked.
+        """
         with self._database as db:
-            return db.execute(_RESTART, (run_id, created_at, *claim, owner)).rowcount == 1
+            if db.execute(_RESTART, (run_id, created_at, *claim, owner)).rowcount == 1:
+                return True
+            if (found := db.execute(_STANDING, claim[:1]).fetchone()) and found[1]:
+                raise BlockedError(f"cannot start {claim[1]!r} again: user {claim[0]} is blocked")
+        return False
+
+    # Standings ---
+
+    def standing(self, key: str) -> Standing:
+        """What the user with this key may have."""
+        with self._database as db:
+            found = db.execute(_STANDING, (key,)).fetchone()
+        return Standing(found[0], bool(found[1])) if found else Standing()
+
+    def set_standing(self, key: str, standing: Standing) -> None:
+        """Let the user with this key have this; durable. It outlives the user, and is the same id's if it returns."""
+        with self._database.durable() as db:
+            db.execute(_SET_STANDING, (key, standing.tier, int(standing.blocked)))
 
     def release(self, key: str, service_id: str, run_id: str) -> bool:
         """Nothing of this run is left. False if the service is not there, or is another run's by now."""
@@ -535,6 +621,21 @@ class Registry:
             return there
 
 
+def _quota_of(db: sqlite3.Connection, row: SandboxRow, quota: Quota | Quotas | None) -> Quota | None:
+    """What holds for this user; None where nothing is capped."""
+    if isinstance(quota, Quotas):
+        found = db.execute(_STANDING, (row.key,)).fetchone()
+        tier = found[0] if found else None
+        if tier is not None and tier not in quota.of_tiers:
+            raise AdmissionError(
+                f"cannot start {row.service_id!r}: user {row.key} has the tier {tier!r}, which is not known",
+                limit="tiers",
+                remedy="give the user another tier, or add it to the settings",
+            )
+        quota = quota.general if tier is None else quota.of_tiers[tier]
+    return None if quota is None or quota == _BOUNDLESS else quota
+
+
 def _check_host(db: sqlite3.Connection, row: SandboxRow, most: int) -> None:
     # The plain count looks at no row, and is enough unless it is close.
     if db.execute(_COUNT).fetchone()[0] <= most:
@@ -556,14 +657,20 @@ def _check_user(db: sqlite3.Connection, row: SandboxRow, most: int) -> None:
         )
 
 
-def _count_start(db: sqlite3.Connection, row: SandboxRow, per_minute: float, now: int) -> None:
-    """Take one of the starts that a user has: a bucket that holds a minute's, or one if that is less.
+class _Rate(NamedTuple):
+    limit: str
+    starts: float
+    seconds: int
+
+
+def _count_start(db: sqlite3.Connection, row: SandboxRow, rate: _Rate, now: int) -> None:
+    """Take one of the starts that a user has: a bucket that holds a minute's, or an hour's, or one if that is less.
 
     What is written down is when the bucket is full again. Each start puts that off by what one takes to come back.
     """
-    each = int(_MINUTE / per_minute)
-    whole = int(each * max(1, per_minute))
-    found = db.execute(_FULL_AT, (row.key,)).fetchone()
+    each = int(rate.seconds * 1e6 / rate.starts)
+    whole = int(each * max(1, rate.starts))
+    found = db.execute(_FULL_AT, (row.key, rate.seconds)).fetchone()
     full_at = found[0] if found else now
     # No bucket is emptier than empty: the clock was put back, or the rate was lower. Nobody is to wait for that.
     if not now < full_at <= now + whole:
@@ -571,12 +678,13 @@ def _count_start(db: sqlite3.Connection, row: SandboxRow, per_minute: float, now
     full_at += each
     if (early := full_at - whole - now) > 0:
         raise AdmissionError(
-            f"cannot start {row.service_id!r}: user {row.key} has had its {per_minute:g} starts per minute",
-            limit="starts_per_minute",
+            f"cannot start {row.service_id!r}: user {row.key} has had its {rate.starts:g} "
+            f"{rate.limit.replace('_', ' ')}",
+            limit=rate.limit,
             retry_after=early / 1e6,
             remedy=f"try again in {early / 1e6:.3g} seconds",
         )
-    db.execute(_SET_FULL_AT, (row.key, full_at))
+    db.execute(_SET_FULL_AT, (row.key, rate.seconds, full_at))
 
 
 def _user_row(values: tuple[Any, ...]) -> UserRow:

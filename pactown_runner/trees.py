@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -26,7 +26,17 @@ from cgroups import (
 from .errors import LimitsError, TreeError
 from .places import enable_wanted, find_place
 
-__all__ = ["END_TIMEOUT", "TRACER_PATIENCE", "Scope", "Tree", "apply_limits", "end_all", "open_tree", "slice_name"]
+__all__ = [
+    "END_TIMEOUT",
+    "TRACER_PATIENCE",
+    "Scope",
+    "TenantLimits",
+    "Tree",
+    "apply_limits",
+    "end_all",
+    "open_tree",
+    "slice_name",
+]
 
 END_TIMEOUT = 30.0
 """Seconds in which what was killed must be gone. Only what waits for a dead disk takes longer than milliseconds."""
@@ -36,6 +46,8 @@ TRACER_PATIENCE = 0.5
 
 _ON_DEMAND = frozenset({"cpuset"})
 """Enabled with the first limit that needs it: it counts nothing, and its global lock makes starts in cgroups slower."""
+
+TenantLimits = Limits | Callable[[str], Limits]
 
 _STATE, _RUN = "pactown.state", "pactown.run"
 
@@ -50,9 +62,15 @@ class Scope:
 
 
 class Tree:
-    """The cgroups of one state. Thread-safe."""
+    """The cgroups of one state. Thread-safe.
 
-    def __init__(self, root: Cgroup, state_id: str, tenant_limits: Limits) -> None:
+    Args:
+        root: the cgroup that holds all of them.
+        state_id: marks what is the state's.
+        tenant_limits: limits on each tenant's slice; or what tells a tenant's by its key.
+    """
+
+    def __init__(self, root: Cgroup, state_id: str, tenant_limits: TenantLimits) -> None:
         self.root = root
         self.path = str(root.path)
         self._state_id = state_id.encode()
@@ -82,7 +100,7 @@ class Tree:
             with suppress(GoneError):
                 return self.root.child(slice_name(key))
         with self._lock:
-            group = self._make_slice(slice_name(key))
+            group = self._make_slice(key)
             self._made.add(key)
             return group
 
@@ -104,6 +122,32 @@ class Tree:
                 self.root.enable(_ON_DEMAND)
                 group.enable(_ON_DEMAND)
         return apply_limits(scope, limits)
+
+    def limit_tenant(self, key: str, limits: Limits) -> dict[str, str]:
+        """Write other limits on the tenant's slice; see `apply_limits`. Without one there is nothing to write on."""
+        with suppress(GoneError), self.root.child(slice_name(key)) as group:
+            if limits.cpuset_cpus is not None:
+                with _translated():
+                    self.root.enable(_ON_DEMAND)
+            return apply_limits(group, limits)
+        return {}
+
+    def hold_still(self, key: str, still: bool, timeout: float = END_TIMEOUT) -> None:
+        """Freeze all sandboxes of a tenant that there are now, whoever owns them, or thaw them; blocking.
+
+        The runner's own jobs go on.
+
+        Args:
+            timeout: seconds for each.
+
+        Raises:
+            CgroupError: one did not stand still, or go on, in time.
+        """
+        with suppress(GoneError), self.root.child(slice_name(key)) as slice_:
+            for scope in _closing(slice_.children()):
+                if scope.marks(_STATE) == self._state_id and not scope.name.startswith("_"):
+                    with suppress(GoneError):
+                        scope.freeze(timeout) if still else scope.thaw(timeout)
 
     def scope(self, key: str, name: str, run_id: str) -> Cgroup:
         """Make the scope `<name>.scope` in the tenant's slice, marked with the state and the run.
@@ -217,8 +261,10 @@ class Tree:
                     if scope.marks(_STATE) == self._state_id:
                         yield Scope(slice_.name, scope.name, (scope.marks(_RUN) or b"").decode())
 
-    def _make_slice(self, name: str) -> Cgroup:
-        group = self.root.child(name, create=True, exist_ok=True)
+    def _make_slice(self, key: str) -> Cgroup:
+        given = self._tenant_limits
+        limits = given if isinstance(given, Limits) else given(key)
+        group = self.root.child(slice_name(key), create=True, exist_ok=True)
         try:
             owner = group.marks(_STATE)
             if owner not in (None, self._state_id):
@@ -229,10 +275,10 @@ class Tree:
             if owner is None:
                 group.mark(_STATE, self._state_id)
             enable_wanted(group)
-            if self._tenant_limits.cpuset_cpus is not None:
+            if limits.cpuset_cpus is not None:
                 with _translated():
                     self.root.enable(_ON_DEMAND)
-            apply_limits(group, self._tenant_limits)
+            apply_limits(group, limits)
         except BaseException:
             _remove_if_unused(group)
             group.close()
@@ -289,8 +335,8 @@ def _translated() -> Iterator[None]:
         raise LimitsError(error.message, remedy=error.remedy) from error
 
 
-def open_tree(*, cgroup_slice: str, state_id: str, tenant_limits: Limits) -> Tree:
-    """Open the tree of this state, see `find_place`.
+def open_tree(*, cgroup_slice: str, state_id: str, tenant_limits: TenantLimits) -> Tree:
+    """Open the tree of this state, see `find_place` and `Tree`.
 
     Raises:
         TreeError: there is no cgroup v2 mount, or no place in it that this process may use.

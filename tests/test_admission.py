@@ -19,6 +19,7 @@ from pactown_runner import admission as admission_module
 from pactown_runner.admission import DESCRIPTORS_EACH, DESCRIPTORS_SPARE, Admission
 from pactown_runner.errors import AdmissionError
 from pactown_runner.registry import Quota
+from pactown_runner.tiers import Tier
 from tests.supervising import line_of, soon, spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,17 +44,24 @@ def refused(admission: Admission, limits: Limits | None = None, *, running: int 
 
 def test_without_caps_nothing_is_counted() -> None:
     admission = Admission(Settings())
-    assert (admission.quota, admission.caps) == (None, None)
+    assert admission.quota.general == admission.caps.general == Quota()
     admission.check(one(), 1)
 
 
 def test_what_starts_by_itself_has_no_rate() -> None:
     admission = Admission(Settings(max_sandboxes=5, max_sandboxes_per_user=0, starts_per_minute=1.5))
-    assert (admission.quota, admission.caps) == (Quota(5, 0, 1.5), Quota(5, 0, None))
+    assert (admission.quota.general, admission.caps.general) == (Quota(5, 0, 1.5), Quota(5, 0, None))
     admission = Admission(Settings(starts_per_minute=1.5))
-    assert (admission.quota, admission.caps) == (Quota(None, None, 1.5), None)
+    assert (admission.quota.general, admission.caps.general) == (Quota(None, None, 1.5), Quota())
     admission = Admission(Settings(max_sandboxes=0))
-    assert admission.quota == admission.caps == Quota(0, None, None)
+    assert admission.quota.general == admission.caps.general == Quota(0, None, None)
+
+
+def test_a_tier_says_how_many_and_how_often_and_leaves_the_rest_to_the_settings() -> None:
+    tiers = (Tier(name="one", max_sandboxes=1, starts_per_hour=7), Tier(name="plain"))
+    admission = Admission(Settings(max_sandboxes=5, max_sandboxes_per_user=3, starts_per_minute=2, tiers=tiers))
+    assert admission.quota.of_tiers == {"one": Quota(5, 1, 2, 7), "plain": Quota(5, 3, 2)}
+    assert admission.caps.of_tiers == {"one": Quota(5, 1), "plain": Quota(5, 3)}
 
 
 # ---- Memory

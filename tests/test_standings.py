@@ -1,0 +1,222 @@
+"""What the operator lets a tenant have: tiers, and blocks, as claims and cgroups come to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cgroups import Limits
+from pactown_runner import Settings
+from pactown_runner.admission import Admission
+from pactown_runner.errors import AdmissionError, BlockedError, SpecError
+from pactown_runner.registry import Quota, Quotas, Registry, SandboxRow, Standing, UserRow
+from pactown_runner.standings import Standings, succeeding
+from pactown_runner.tiers import Tier
+from pactown_runner.trees import Tree, open_tree
+
+KEY, OTHER = "aaaaaaaa", "bbbbbbbb"
+
+
+def row(service_id: str = "api", key: str = KEY, run_id: str = "r1") -> SandboxRow:
+    return SandboxRow(key, service_id, run_id, "o1", "service", "{}", "/x", 1.0)
+
+
+@pytest.fixture
+def now() -> list[float]:
+    return [1_700_000_000.0]
+
+
+@pytest.fixture
+def registry(tmp_path: Path, now: list[float]) -> Iterator[Registry]:
+    with Registry(tmp_path / "state/registry.db", clock=lambda: now[0]) as registry:
+        for number, key in enumerate((KEY, OTHER)):
+            user = UserRow(
+                saas_id=key,
+                key=key,
+                username=f"pactown_{key}",
+                uid=64100 + number,
+                gid=64100 + number,
+                home=Path("/x"),
+                created_at=1.0,
+            )
+            assert registry.add_user(user)
+            registry.mark_ready(user)
+        yield registry
+
+
+def test_a_standing_is_kept_and_outlives_the_user(registry: Registry, tmp_path: Path) -> None:
+    assert registry.standing(KEY) == Standing(None, False)
+    registry.set_standing(KEY, Standing("pro", True))
+    registry.set_standing(OTHER, Standing("free"))
+    registry.set_standing(OTHER, Standing("basic"))
+    with Registry(registry.path) as again:
+        assert (again.standing(KEY), again.standing(OTHER)) == (Standing("pro", True), Standing("basic"))
+    user = registry.user(KEY)
+    assert user is not None
+    deleting = registry.begin_removal(user)
+    registry.tombstone(deleting)
+    assert registry.standing(KEY) == Standing("pro", True)
+
+
+def test_who_is_blocked_starts_nothing_and_nothing_of_it_comes_back(registry: Registry) -> None:
+    registry.register(row("web"))
+    registry.claim(row("api"))
+    registry.set_standing(KEY, Standing(blocked=True))
+    for claim in (registry.claim, registry.register):
+        for quota in (None, Quota(5, 5, 5), Quotas(Quota())):
+            with pytest.raises(BlockedError) as caught:
+                claim(row("new"), quota)
+            assert (caught.value.code, caught.value.limit) == ("blocked", "blocked")
+    with pytest.raises(BlockedError):
+        registry.restart((KEY, "api", "r1"), "o1", "r2", 1.0)
+    assert not registry.restart((OTHER, "api", "r1"), "o1", "r2", 1.0)
+    assert registry.release(KEY, "web", "r1")
+    assert registry.absent_services() == []
+    assert [kept.service_id for kept in registry.rows()] == ["api"]
+    # The operator can still have something done for it, and others are not concerned.
+    registry.claim(row("_job-1"))
+    registry.claim(row("api", OTHER))
+    registry.set_standing(KEY, Standing())
+    assert [service.service_id for service in registry.absent_services()] == ["web"]
+    assert registry.restart((KEY, "api", "r1"), "o1", "r2", 1.0)
+
+
+def test_a_tier_caps_what_its_tenants_claim(registry: Registry, now: list[float]) -> None:
+    tiers = (Tier(name="one", max_sandboxes=1, starts_per_hour=3), Tier(name="none", max_sandboxes=0))
+    quota = Admission(Settings(max_sandboxes_per_user=2, tiers=tiers)).quota
+    registry.claim(row("a"), quota)
+    registry.claim(row("b"), quota)
+    with pytest.raises(AdmissionError, match="2 may"):
+        registry.claim(row("c"), quota)
+    registry.set_standing(OTHER, Standing("none"))
+    with pytest.raises(AdmissionError, match="0 may"):
+        registry.claim(row(key=OTHER), quota)
+    registry.set_standing(OTHER, Standing("one"))
+    for _ in range(3):
+        registry.claim(row(key=OTHER), quota)
+        with pytest.raises(AdmissionError, match="1 may"):
+            registry.claim(row("b", OTHER), quota)
+        registry.release(OTHER, "api", "r1")
+    with pytest.raises(AdmissionError, match="3 starts per hour") as caught:
+        registry.claim(row(key=OTHER), quota)
+    assert (caught.value.limit, caught.value.retry_after) == ("starts_per_hour", 1200.0)
+    now[0] += 1200
+    registry.register(row(key=OTHER), quota)
+
+
+def test_who_has_a_tier_that_nobody_knows_starts_nothing(registry: Registry) -> None:
+    registry.set_standing(KEY, Standing("gold"))
+    with pytest.raises(AdmissionError, match="not known") as caught:
+        registry.claim(row(), Admission(Settings()).quota)
+    assert caught.value.limit == "tiers"
+    assert registry.rows() == []
+
+
+def test_rates_by_minute_and_hour_are_counted_apart(registry: Registry, now: list[float]) -> None:
+    quota = Quota(starts_per_minute=2, starts_per_hour=3)
+    outcomes = []
+    for _ in range(6):
+        try:
+            registry.claim(row(), quota)
+        except AdmissionError as error:
+            outcomes.append(error.limit)
+        else:
+            registry.release(KEY, "api", "r1")
+            outcomes.append("")
+        now[0] += 20
+    assert outcomes == ["", "", "", "starts_per_hour", "starts_per_hour", "starts_per_hour"]
+
+
+def test_limits_are_the_tiers_where_it_says_some(registry: Registry) -> None:
+    own, plain = (
+        Tier(name="own", default_limits=Limits(pids_max=1), tenant_limits=Limits(pids_max=2)),
+        Tier(name="plain"),
+    )
+    settings = Settings(default_limits=Limits(pids_max=3), tenant_limits=Limits(pids_max=4), tiers=(own, plain))
+    standings = Standings(settings, registry)
+
+    def pids() -> tuple[Any, Any]:
+        return standings.default_limits(KEY).pids_max, standings.tenant_limits(KEY).pids_max
+
+    assert pids() == (3, 4)
+    for tier, most in (("own", (1, 2)), ("plain", (3, 4)), (None, (3, 4))):
+        standings.change(None, KEY, Standing(tier))
+        assert standings.of(KEY) == Standing(tier)
+        assert pids() == most
+    with pytest.raises(SpecError, match="no tier 'gold'") as caught:
+        standings.change(None, KEY, Standing("gold"))
+    assert caught.value.remedy == "choose from own, plain"
+    assert standings.of(KEY) == Standing()
+
+
+SIZE = st.none() | st.integers(1 << 20, 1 << 30)
+LIMITS = st.builds(
+    Limits,
+    memory_max=SIZE,
+    memory_high=SIZE,
+    memory_swap_max=SIZE,
+    pids_max=st.none() | st.integers(1, 100),
+    cpu_max=st.none() | st.sampled_from([0.5, 2.0]),
+    cpu_weight=st.none() | st.integers(1, 100),
+    io_max=st.none()
+    | st.dictionaries(
+        st.sampled_from(["8:0", "8:16"]), st.sampled_from([{"wbps": 5}, {"riops": 7, "rbps": 9}]), min_size=1
+    ),
+)
+
+
+@given(LIMITS, LIMITS)
+def test_what_is_limited_no_more_is_written_so(before: Limits, after: Limits) -> None:
+    def written(*several: Limits) -> dict[str, str]:
+        """What a cgroup's files hold after these were written, but those that say that nothing is limited."""
+        held: dict[str, str] = {}
+        for limits in several:
+            for file, text in limits.render():
+                if file != "io.max":
+                    held[file] = text
+                    continue
+                disk, *pairs = text.split()
+                held |= {f"{disk} {name}": value for name, _, value in (pair.partition("=") for pair in pairs)}
+        free = {"cpu.weight": "100", "cpu.max": "max 100000"}
+        return {file: text for file, text in held.items() if text not in ("max", free.get(file))}
+
+    assert written(before, succeeding(before, after)) == written(after)
+
+
+@pytest.mark.host
+def test_a_tenant_is_held_still_with_all_that_it_runs(registry: Registry, slice_name: str) -> None:
+    with _tree(slice_name, registry) as tree:
+        scopes = {(key, name): tree.scope(key, name, "r1") for key in (KEY, OTHER) for name in ("a", "b", "_job-1")}
+        standings = Standings(Settings(cgroup_slice=slice_name), registry)
+        for blocked in (True, True, False):
+            standings.change(tree, KEY, Standing(blocked=blocked))
+            still = {place for place, scope in scopes.items() if scope.frozen()}
+            assert still == ({(KEY, "a"), (KEY, "b")} if blocked else set())
+        standings.change(tree, "cccccccc", Standing(blocked=True))
+        for scope in scopes.values():
+            scope.remove()
+            scope.close()
+
+
+@pytest.mark.host
+def test_each_tenants_slice_gets_its_own_limits(registry: Registry, slice_name: str) -> None:
+    asked: list[str] = []
+
+    def limits_of(key: str) -> Limits:
+        asked.append(key)
+        return Limits()
+
+    with _tree(slice_name, registry, limits_of) as tree:
+        for key in (KEY, OTHER, KEY):
+            tree.slice(key).close()
+    assert asked == [KEY, OTHER]
+
+
+def _tree(slice_name: str, registry: Registry, limits: Any = None) -> closing[Tree]:
+    return closing(open_tree(cgroup_slice=slice_name, state_id=registry.state_id, tenant_limits=limits or Limits()))
