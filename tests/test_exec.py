@@ -649,6 +649,10 @@ async def test_out_of_descriptors_nothing_is_left(supervisor: Supervisor, api: S
 
 STOPPER = """
 import os, signal
+os.mkdir("d")
+os.symlink("d", "maze0")
+for n in range(30):
+    os.symlink("d/../" * 800 + f"maze{n}", f"maze{n + 1}")
 print("ready", flush=True)
 while True:
     try:
@@ -656,7 +660,7 @@ while True:
     except ProcessLookupError:
         pass
 """
-"""Stops all else of its uid, as fast as it can."""
+"""Stops all else of its uid, as fast as it can; and whoever enters `maze30` is on the way for milliseconds."""
 
 HUNTER = """
 import ctypes, os
@@ -697,7 +701,7 @@ async def test_stopped_before_it_could_be_executed(
             if len(steps) == 3:
                 break
             try:
-                execution = await exec_in(supervisor, stopper, ["true"], stdin=b"x")
+                execution = await exec_in(supervisor, stopper, ["true"], stdin=b"x", cwd="maze30")
             except StartError as error:
                 steps.append((error.step, error.message))
             else:
