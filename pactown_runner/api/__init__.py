@@ -14,6 +14,6 @@ What a request passes, from the outside in:
 from __future__ import annotations
 
 from .app import create_app
-from .listening import Listening, listening
+from .listening import Listening, listening, served
 
-__all__ = ["Listening", "create_app", "listening"]
+__all__ = ["Listening", "create_app", "listening", "served"]

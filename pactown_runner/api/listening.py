@@ -13,7 +13,7 @@ import socket
 import stat
 import time
 from collections.abc import AsyncGenerator, Generator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..config import Settings
 from ..errors import ConfigError, StateError
 from ..passage import exposed
+from ..supervisor import Supervisor
 from .access import Peer, group_id, peer_of
-from .app import Application
+from .app import Application, create_app
 
-__all__ = ["STOP_TIMEOUT", "Listening", "listening"]
+__all__ = ["STOP_TIMEOUT", "Listening", "listening", "served"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +53,11 @@ class Listening:
 
     socket: Path | None
     address: tuple[str, int] | None
+
+
+def served(supervisor: Supervisor) -> AbstractAsyncContextManager[Listening]:
+    """Serve the API of a supervisor, as its settings say; see `listening`, and `serving.serve`."""
+    return listening(create_app(supervisor), supervisor.settings)
 
 
 @asynccontextmanager
@@ -132,7 +138,7 @@ def _unix_socket(path: Path, settings: Settings) -> Generator[socket.socket, Non
                     path.unlink()
             # The file takes its mode from here, unix_bind in net/unix/af_unix.c; nobody connects before `listen`.
             os.fchmod(sock.fileno(), 0o600)
-            sock.bind(str(path))
+            _bind(sock, path)
             held.callback(_remove, path, os.lstat(path).st_ino)
             if gid is not None:
                 os.chown(path, -1, gid)
@@ -140,6 +146,15 @@ def _unix_socket(path: Path, settings: Settings) -> Generator[socket.socket, Non
         except OSError as error:
             raise ConfigError(f"cannot listen on {path}: {error.strerror}", remedy="see api_socket") from error
         yield sock
+
+
+def _bind(sock: socket.socket, path: Path) -> None:
+    """Bind a socket to a path of any length: an address has room for 107 bytes only."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sock.bind(f"/proc/self/fd/{directory}/{path.name}")
+    finally:
+        os.close(directory)
 
 
 def _let_pass(directory: Path, gid: int) -> None:
@@ -266,6 +281,7 @@ class _Server(uvicorn.Server):
             lifespan="off",
             interface="asgi3",
             log_config=None,
+            log_level="warning",
             access_log=False,
             proxy_headers=False,
             server_header=False,

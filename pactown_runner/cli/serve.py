@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import ConfigError
 from .messages import errors_told, say
 from .options import Config, UsersBase
 from .visible import visible
@@ -15,6 +17,7 @@ from .visible import visible
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, MutableMapping
 
+    from ..config import Settings
     from ..supervisor import Supervisor
 
 __all__ = ["register"]
@@ -61,18 +64,37 @@ def serve(
         _log_to_stderr(on_terminal=on_terminal)
         # A watchdog that finds us stuck ends us by SIGABRT: let it be seen where.
         faulthandler.enable()
-        asyncio.run(serve_until_asked(settings, beside=_shown if on_terminal else None))
+        asyncio.run(serve_until_asked(settings, beside=partial(_with_api, on_terminal=on_terminal)))
 
 
 @asynccontextmanager
-async def _shown(supervisor: Supervisor) -> AsyncGenerator[None, None]:
-    """Say what is served, for people."""
-    settings = supervisor.settings
+async def _with_api(supervisor: Supervisor, *, on_terminal: bool) -> AsyncGenerator[None, None]:
+    """Serve the API as well, if its libraries are there, and say for people what is served."""
+    async with AsyncExitStack() as held:
+        try:
+            from ..api import served  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            if supervisor.settings.api_listen is not None:
+                raise ConfigError(
+                    f"the API cannot be served: {error}", remedy="pip install 'pactown-runner[api]'"
+                ) from error
+            api = f"not served: {error.name} is not installed (pip install 'pactown-runner[api]')"
+        else:
+            where = await held.enter_async_context(served(supervisor))
+            tcp = [] if where.address is None else [f"http://{where.address[0]}:{where.address[1]}"]
+            api = ", ".join(([] if where.socket is None else [str(where.socket)]) + tcp)
+        if on_terminal:
+            _show(supervisor.settings, api)
+        yield
+
+
+def _show(settings: Settings, api: str) -> None:
     leaves = settings.on_exit == "leave"
     for name, value in (
         ("homes", settings.users_base),
         ("state", settings.state_dir),
         ("logs", settings.log_dir),
+        ("API", api),
         (
             "mode",
             "root: each tenant has an account of its own" if settings.root_mode else "no root: all tenants are you",
@@ -80,7 +102,6 @@ async def _shown(supervisor: Supervisor) -> AsyncGenerator[None, None]:
         ("control-C", "leaves services running" if leaves else "ends all sandboxes, once more at once"),
     ):
         say(f"  {name:<10} {value}")
-    yield
 
 
 def _log_to_stderr(*, on_terminal: bool) -> None:
