@@ -8,8 +8,9 @@
 directory that it works in. That is one `chdir` of the tenant's own process, under the tenant's own uid and after all
 privileges are gone, and it says all at once: that the service has a link, that it leads to the environment of just
 these requirements, and that this one is complete. Root opens nothing, neither by a path nor by a link of the tenant's,
-and remembers nothing that might no longer be so; a microsecond or two is what it costs. When it cannot be entered the
-program is not executed: the environment is made (`ensure_venv`), and the program started once more.
+and remembers nothing that might no longer be so. It costs the kernel two microseconds, and this process 25, mostly to
+name the environment. When it cannot be entered the program is not executed: the environment is made (`ensure_venv`),
+and the program started once more.
 
 What the tenant puts there itself under that name is used, and is the tenant's own harm: it could as well have changed
 what the environment holds.
