@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import Counter
 from typing import Any
 
 from . import wire
 from .looking import PATH_FLAGS, proc_path
 
+_TRIES = 3
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
@@ -22,21 +24,21 @@ class Emptier:
     def __init__(self) -> None:
         self._top = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._moved = 0
-        self._left: set[bytes] = set()
+        self._failures: Counter[bytes] = Counter()
 
     def empty(self) -> dict[str, Any]:
         """Remove what can be removed; returns how many things at the top could not."""
         os.fchmod(self._top, 0o700)
-        while names := [name for name in _names(self._top) if name not in self._left]:
+        while names := [name for name in _names(self._top) if self._failures[name] < _TRIES]:
             for name in names:
                 try:
                     self._remove(name)
                 except FileNotFoundError:
                     pass
                 except OSError:
-                    # Not the tenant's, or with something in it that is not.
-                    self._left.add(name)
-        return {"left": len(self._left)}
+                    # Not the tenant's, or with something in it that is not; or somebody made it anew meanwhile.
+                    self._failures[name] += 1
+        return {"left": len(_names(self._top))}
 
     def _remove(self, name: bytes) -> None:
         if _removed(name, self._top):
