@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from . import idle, logs, logs_flood, spawn
+from . import idle, logs, logs_flood, spawn, venvs
 
-BENCHMARKS = {"spawn": spawn.main, "logs": logs.main, "logs_flood": logs_flood.main, "idle": idle.main}
+BENCHMARKS = {
+    "spawn": spawn.main,
+    "logs": logs.main,
+    "logs_flood": logs_flood.main,
+    "idle": idle.main,
+    "venvs": venvs.main,
+}
 
 
 def main(words: list[str]) -> int:

@@ -2,7 +2,8 @@
 
 Five tenants run `yes`, beyond what they may print and keep; another tenant's programs are started meanwhile. How much
 each `yes` has written is what the kernel has counted, in `/proc/<pid>/io`. Where there is a rate, a reader follows each
-log and counts; where there is none but only the cap, the numbers of the records tell.
+log and counts; where there is none but only the cap, the numbers of the records tell. What is `alone` was measured
+before the floods began: it tells how busy the machine was with something else.
 """
 
 from __future__ import annotations
@@ -114,9 +115,12 @@ def unaccounted(directory: Path) -> int:
 async def measure(tenants: int, seconds: float, rate: int | None, policy: str, cap: int) -> dict[str, Any]:
     """So many floods at once, and what others see of them."""
     delays: list[float] = []
+    delays_alone: list[float] = []
     given = {"log_rate_policy": policy, "log_cap_bytes": cap, "log_rotate_bytes": cap // 8, "log_keep": 100}
     async with bench_supervisor(log_rate_bytes=rate, **given) as supervisor:
         await supervisor.run(SandboxSpec(user_id="quiet", service_id="true", command=["/bin/true"]))
+        async with loop_delay(delays_alone):
+            starts_alone, _ = await start_others(supervisor, time.perf_counter() + seconds / 6)
         floods = [
             await supervisor.start(SandboxSpec(user_id=f"loud-{number}", service_id="flood", command="yes; :"))
             for number in range(tenants)
@@ -137,6 +141,8 @@ async def measure(tenants: int, seconds: float, rate: int | None, policy: str, c
     settled = resident[int(len(resident) * SETTLED) :]
     return {
         "policy": policy if rate else "none",
+        "start_alone_p99_ms": round(percentile(starts_alone, 99) * 1e3, 2),
+        "loop_delay_alone_p99_ms": round(percentile(delays_alone, 99) * 1e3, 2),
         "start_p50_ms": round(percentile(starts, 50) * 1e3, 2),
         "start_p99_ms": round(percentile(starts, 99) * 1e3, 2),
         "run_p99_ms": round(percentile(runs, 99) * 1e3, 2),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .config import Settings
     from .errors import RunnerError
+    from .execution import Execution
     from .isolation import UserIsolationManager, get_isolation_manager
     from .models import Event, IsolatedUser, IsolationReport, LogRecord, Outcome, State
     from .sandbox import Sandbox
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Event",
+    "Execution",
     "IsolatedUser",
     "IsolationReport",
     "Limits",
@@ -43,6 +45,7 @@ __all__ = [
 
 _MODULES = {
     "Event": ".models",
+    "Execution": ".execution",
     "IsolatedUser": ".models",
     "IsolationReport": ".models",
     "Limits": "cgroups",

@@ -9,13 +9,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Protocol
 
 import anyio
 
 from .ending import emptied, end_rest
-from .errors import StateError
+from .errors import StartError, StateError
 from .execution import Execution, execute
 from .health import look_after
 from .holdings import Claiming, Holdings, Run, ask_to_end
@@ -26,6 +27,8 @@ from .models import Outcome, Reason
 from .outcomes import outcome_of
 from .ports import check_ports
 from .program import Program
+from .venv_layout import Venv, venv_of
+from .venvs import ensure_venv
 
 __all__ = ["Attempt", "LeftError", "Listener"]
 
@@ -88,6 +91,7 @@ class Attempt:
         self._ending: Reason | None = None
         self._leaving = False
         self._patience = anyio.CancelScope()
+        self._making = anyio.CancelScope()
         # A run that was taken over began before this process did.
         self._began = time.monotonic() - max(0.0, time.time() - run.started_at)
 
@@ -110,7 +114,7 @@ class Attempt:
                 if claiming is None:
                     self.program.recognise(held.main)
                 else:
-                    await self.program.launch(self.run.spec, held)
+                    await self._launch(held)
                     self._write_down(held)
                 held.pump.start()
                 self.started = True
@@ -140,6 +144,34 @@ class Attempt:
         else:
             self.held = await Holdings.take(self._host, self.run, claiming, self._feed)
         return self.held
+
+    async def _launch(self, held: Holdings) -> None:
+        venv = self._venv(held)
+        make = None if venv is None else partial(self._make_venv, held)
+        unreaped = self._host.unreaped
+        await self.program.launch(self.run.spec, held, unreaped=unreaped, venv=venv, make_venv=make)
+
+    def _venv(self, held: Holdings) -> Venv | None:
+        spec = self.run.spec
+        if not spec.requirements:
+            return None
+        return venv_of(self._host.settings, held.user, spec.service_id, spec.requirements)
+
+    async def _make_venv(self, held: Holdings) -> None:
+        spec = self.run.spec
+        with self._making:
+            await self._host.work.run(
+                spec.user_id,
+                lambda stop: ensure_venv(self._host, held.user, spec.service_id, spec.requirements, stop=stop),
+            )
+        if self._making.cancelled_caught:
+            raise StartError("it was stopped while the environment of its requirements was made", step="venv")
+        # Its time is the program's.
+        self._began = time.monotonic()
+
+    def stop_making(self) -> None:
+        """Do not make the environment that it lacks: it is not to run. It may take minutes."""
+        self._making.cancel()
 
     def _write_down(self, held: Holdings) -> None:
         """Leave a note of the program on the cgroup, for whoever may have to go on with a service."""
@@ -213,6 +245,7 @@ class Attempt:
             stdin=stdin,
             env=env,
             cwd=cwd,
+            venv=self._venv(self.held),
         )
 
     async def _answers(self, command: str | Sequence[str], timeout: float) -> bool:
@@ -299,7 +332,8 @@ class Attempt:
             )
         finally:
             self._host.monitor.discard(self.run.run_id)
-            held.remove_cgroup()
+            while not held.is_removed():
+                await end_rest(self._host, held)
 
     def dismiss(self) -> None:
         """It never was: a predecessor's run that is over."""

@@ -135,6 +135,7 @@ class Course:
 
     async def leave(self) -> None:
         """Let go of a service, running as it is, for a successor to take over. What is just ending ends."""
+        self.attempt.stop_making()
         await self.started.wait()
         self._leaving = True
         self._woken.set()
@@ -352,6 +353,8 @@ class Course:
 
     async def _turn(self, wish: Wish, grace: float) -> None:
         """Let the current run end, so that what is wished for can come."""
+        if wish == "down":
+            self.attempt.stop_making()
         await self.started.wait()
         self._life = self._life.wishing(wish)
         self._woken.set()

@@ -32,6 +32,7 @@ from .pipes import InputPipe, OutputPipe, make_pipe
 from .program import launch_in_time
 from .programs import launch_spec
 from .specs import SandboxSpec
+from .venv_layout import Venv
 from .waiting import readable
 
 __all__ = ["COLLECT_BYTES", "KILL_TIMEOUT", "Collected", "Execution", "Reaper", "execute"]
@@ -281,6 +282,7 @@ async def execute(
     stdin: bytes | bool | None = None,
     env: Mapping[str, str] | None = None,
     cwd: str | PurePosixPath | None = None,
+    venv: Venv | None = None,
 ) -> Execution:
     """Execute a program in a running sandbox, as its tenant, and return when that is done.
 
@@ -297,6 +299,7 @@ async def execute(
         stdin: what the program reads; or True for a pipe to be fed through `Execution.send`; else it is `/dev/null`.
         env: added to the sandbox's environment.
         cwd: a directory relative to `sandboxes/<service_id>`, which is where it runs without; or absolute.
+        venv: the environment of the sandbox's requirements.
 
     Raises:
         SpecError: `argv`, `env` or `cwd` can never be right.
@@ -306,7 +309,7 @@ async def execute(
         LauncherError: see `launch_async`.
     """
     wanted = replace(spec, command=argv, env={**spec.env, **(env or {})}, cwd=cwd)
-    told = launch_spec(wanted, user)
+    told = launch_spec(wanted, user, venv)
     with contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
         try:
             target = _Target(spec.service_id, cgroup, first, held)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Literal, NamedTuple, Self, TypeVar
 
+from cgroups import BusyError as CgroupBusyError
 from cgroups import Cgroup, CgroupError, ExistsError, GoneError, Stats
 
 from .database import BusyError
@@ -61,7 +62,7 @@ class Run(NamedTuple):
 
 
 class Holdings:
-    """What one run holds, from `take` or `take_over` to `remove_cgroup` or `let_go`. The claim outlives it.
+    """What one run holds, from `take` or `take_over` to `is_removed` or `let_go`. The claim outlives it.
 
     Attributes:
         user: the tenant.
@@ -137,13 +138,13 @@ class Holdings:
         with ExitStack() as undo:
             self._claim(registry, claiming, undo)
             self.cgroup = self._make_cgroup(patient=registry is host.registry)
-            undo.callback(self.remove_cgroup)
+            undo.callback(self.is_removed)
             limits = host.settings.default_limits if spec.limits is None else spec.limits
             self.limits = host.tree.limit(self.user.key, self.cgroup, limits)
             self.ooms_before = host.tree.tenant_oom(self.user.key)
             self.pump = self._make_pump()
             self.pump.create()
-            host.store.keep(self._run.run_id, *self.pump.child_fds)
+            host.store.keep(self._run.run_id, *self.pump.fds)
             undo.pop_all()
         return self
 
@@ -182,6 +183,8 @@ class Holdings:
             held.frozen = cgroup.frozen()
             held.pump = held._make_pump()
             held.pump.adopt()
+            # Whoever began it may have had no store, or a full one.
+            host.store.keep(run.run_id, *held.pump.fds)
             held.cgroup = cgroup.dup()
         return held
 
@@ -266,14 +269,17 @@ class Holdings:
             self.cgroup.kill()
         self.pump.detach()
 
-    def remove_cgroup(self) -> None:
-        """Remove the cgroup, in which nothing runs any more."""
+    def is_removed(self) -> bool:
+        """Remove the cgroup. False, and it stays, if something runs in it again: a further program, born just now."""
         try:
-            with self.cgroup:
-                self.cgroup.remove()
+            self.cgroup.remove()
+        except CgroupBusyError:
+            return False
         except CgroupError as error:
             # Nothing runs in it. Whoever starts this service next tries again.
             _log.error("cannot remove the cgroup %s: %s", self.cgroup.path, error)
+        self.cgroup.close()
+        return True
 
 
 def ask_to_end(cgroup: Cgroup) -> None:

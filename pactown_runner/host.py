@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar, TypeVarTuple
+from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 from .admission import Admission
 from .config import Settings
@@ -30,6 +30,15 @@ Claim = tuple[str, str, str]
 """What names a run in the registry: the tenant's key, the service, the run's own id."""
 
 T = TypeVar("T")
+
+
+class TenantWork(Protocol):
+    """Blocking work for tenants, in threads of its own; `TenantThreads` is it."""
+
+    async def run(self, user_id: str, work: Callable[[Any], T]) -> T:
+        """Do this when it is the tenant's turn. Cancelled, it has ended when the cancellation is seen."""
+
+
 Ts = TypeVarTuple("Ts")
 
 
@@ -75,6 +84,8 @@ class LoopHost(Host):
     events: EventBus
     monitor: Monitor
     admission: Admission
+    work: TenantWork
+    """For what may take minutes, and a tenant can make last: not among what moves files, which would wait for it."""
     store: DescriptorStore
     """Where FIFOs are kept beyond this process's end, if the service manager keeps any."""
 

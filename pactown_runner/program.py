@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import anyio
@@ -21,6 +22,7 @@ from .outcomes import ExitStatus
 from .pipes import InputPipe, make_pipe
 from .programs import launch_spec
 from .specs import SandboxSpec
+from .venv_layout import Venv
 from .waiting import readable
 
 __all__ = ["Program", "launch_in_time"]
@@ -51,10 +53,21 @@ class Program:
         """What stands for the process, until `status` or `close`; None if there is none, or it is not known."""
         return self._pidfd
 
-    async def launch(self, spec: SandboxSpec, held: Holdings, *, unreaped: set[int] | None = None) -> None:
+    async def launch(
+        self,
+        spec: SandboxSpec,
+        held: Holdings,
+        *,
+        venv: Venv | None = None,
+        make_venv: Callable[[], Awaitable[None]] | None = None,
+        unreaped: set[int] | None = None,
+    ) -> None:
         """Start it in its cgroup.
 
         Args:
+            venv: the environment of its requirements.
+            make_venv: makes that, or sees that it is there. Called when the launcher could not enter it, or not find
+                the program, which is then started once more.
             unreaped: see `launch_async`.
 
         Raises:
@@ -66,8 +79,14 @@ class Program:
             stdin, ours = make_pipe(held.user.linux_uid, held.user.linux_gid)
             self._stdin = InputPipe(ours)
         try:
-            told = launch_spec(spec, held.user)
-            started = await launch_in_time(told, held.cgroup.fd, stdin, out, err, unreaped=unreaped)
+            told = launch_spec(spec, held.user, venv)
+            try:
+                started = await launch_in_time(told, held.cgroup.fd, stdin, out, err, unreaped=unreaped)
+            except StartError as error:
+                if make_venv is None or error.step not in ("directories", "execve"):
+                    raise
+                await make_venv()
+                started = await launch_in_time(told, held.cgroup.fd, stdin, out, err, unreaped=unreaped)
         finally:
             held.pump.close_child_fds()
             if stdin >= 0:

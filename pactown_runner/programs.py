@@ -9,12 +9,19 @@ from pathlib import Path
 from .launcher import DEFAULT_PATH, Directory, LaunchSpec
 from .models import IsolatedUser
 from .specs import SandboxSpec
+from .venv_layout import Venv
 
 __all__ = ["launch_spec", "tenant_environment"]
 
 
-def launch_spec(spec: SandboxSpec, user: IsolatedUser) -> LaunchSpec:
-    """What the launcher has to be told to run `spec` as `user`."""
+def launch_spec(spec: SandboxSpec, user: IsolatedUser, venv: Venv | None = None) -> LaunchSpec:
+    """What the launcher has to be told to run `spec` as `user`.
+
+    Args:
+        venv: the environment of its requirements, if it has any. Where it is not complete nothing is executed.
+    """
+    environment = {**tenant_environment(user), **spec.env}
+    path = None
     directories = [
         Directory(user.home_dir),
         Directory("sandboxes", make=True),
@@ -22,12 +29,17 @@ def launch_spec(spec: SandboxSpec, user: IsolatedUser) -> LaunchSpec:
     ]
     if spec.cwd is not None:
         directories.append(Directory(spec.cwd))
+    if venv is not None:
+        environment |= venv.variables(environment["PATH"])
+        path = venv.search_path(spec.argv[0], environment["PATH"])
+        directories.insert(0, Directory(venv.ready))
     return LaunchSpec(
         argv=spec.argv,
         mode="root" if os.geteuid() == 0 else "user",
         uid=user.linux_uid,
         gid=user.linux_gid,
-        env={**tenant_environment(user), **spec.env},
+        env=environment,
+        path=path,
         directories=directories,
         oom_score_adj=_oom_score_adj(),
         namespaces=spec.namespaces,

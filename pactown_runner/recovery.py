@@ -15,7 +15,7 @@ from cgroups import CgroupError, GoneError
 
 from .errors import AlreadyRunningError, NotFoundError, RunnerError
 from .host import Claim, LoopHost
-from .logs import LogError, LogPaths, LogPump
+from .logs import LogError, LogPaths, LogPump, fifo_runs
 from .registry import SandboxRow
 from .trees import Scope, slice_name
 
@@ -128,9 +128,6 @@ async def sweep(host: LoopHost) -> None:
     """Remove what bears our state's mark and no record names, and forget owners that are dead."""
     for claim in await host.in_thread(_sweep, host):
         await write_down(host, claim)
-    if names := host.store.names():
-        for run_id in names - {row.run_id for row in await host.in_thread(host.registry.rows)}:
-            host.store.drop(run_id)
 
 
 async def write_down(host: LoopHost, claim: Claim) -> None:
@@ -160,13 +157,18 @@ async def write_down(host: LoopHost, claim: Claim) -> None:
 
 
 def forget_dead_owners(host: LoopHost) -> None:
-    """Remove the files of dead owners who left nothing; blocking."""
+    """Remove the files of dead owners who left nothing, and what is kept of runs that are over; blocking."""
     # In this order: an owner that is dead has made all the records that it ever will.
     dead = host.owner.dead_owners()
     if dead:
         named = {row.owner for row in host.registry.rows()}
         for owner_id in set(dead) - named:
             host.owner.remove(owner_id)
+    # By their FIFOs, not by their rows: a run without a row may wait for its output to be written down. Another
+    # supervisor may have done that. In this order: a FIFO is there before it is kept.
+    if kept := host.store.names():
+        for run_id in kept - fifo_runs(host.settings.run_dir):
+            host.store.drop(run_id)
 
 
 def _is_ours(host: LoopHost, key: str, service_id: str, run_id: str) -> bool:

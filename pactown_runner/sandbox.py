@@ -196,6 +196,7 @@ class Sandbox:
             StartError: it never ran.
         """
         grace = self.course.grace(grace)
+        self.course.attempt.stop_making()
         await self.course.started.wait()
         await self.course.forget()
         return await self.course.end(grace)

@@ -158,6 +158,8 @@ class Supervisor:
             self.users = SupervisorUsers(users, self._refusal)
             held.callback(tree.close)
             threads = held.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="pactown"))
+            work = TenantThreads()
+            held.callback(work.close)
             self._held.push(held.pop_all())
         raise_descriptor_limit()
         admission = Admission(settings)
@@ -176,6 +178,7 @@ class Supervisor:
             events=events,
             monitor=Monitor(tree, events, settings, threads),
             admission=admission,
+            work=work,
             store=self._store,
         )
 

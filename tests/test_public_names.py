@@ -22,7 +22,8 @@ PUBLIC = {
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(pactown_runner.__path__, "pactown_runner.")
-    if not info.name.endswith("__main__") and ".cli" not in info.name
+    # What is `inside` is a program that runs as a tenant, not a module for others.
+    if not info.name.endswith("__main__") and ".cli" not in info.name and ".inside" not in info.name
 ]
 
 LOOK = """

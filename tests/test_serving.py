@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cgroups import find_mount
-from pactown_runner import SandboxSpec, Settings
+from pactown_runner import SandboxSpec, Settings, Supervisor
+from pactown_runner.logs import LogPaths
 from pactown_runner.notify import NAME_PREFIX
 from pactown_runner.specs import RestartPolicy
 from tests.service_manager import ServiceManager
@@ -273,3 +274,51 @@ async def test_what_is_kept_of_runs_that_are_no_more_is_dropped(
     assert "/dev/null" not in fds
     server.popen.terminate()
     assert await server.ended() == 0
+
+
+async def test_what_is_adopted_from_one_without_a_store_is_kept(
+    serving: Serve, manager: ServiceManager, settings: Settings
+) -> None:
+    server = serving(spec(SLEEP, restart=ALWAYS), capacity=0, PACTOWN_ON_EXIT="leave")
+    await server.ready()
+    server.popen.terminate()
+    assert await server.ended() == 0, server.errors()
+    assert not manager.store
+    successor = serving()
+    await successor.ready()
+    await heard(manager, "FDSTORE=1")
+    (kept,) = manager.store.values()
+    assert len(kept) == 2
+    successor.popen.terminate()
+    assert await successor.ended() == 0, successor.errors()
+    assert not manager.store
+
+
+async def test_what_cannot_be_written_down_yet_is_kept_although_it_has_no_record(
+    serving: Serve, manager: ServiceManager, settings: Settings
+) -> None:
+    async with Supervisor(settings=settings) as other:
+        # A log has one writer at a time, and this one has the name now.
+        sandbox = await other.start(spec(SLEEP))
+        paths = LogPaths(settings.log_dir, settings.run_dir, sandbox.user.linux_username.removeprefix("pactown_"))
+        run_id = "0123456789abcdef"
+        for path in paths.fifos("api", run_id):
+            os.mkfifo(path, 0o600)
+            fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+            os.write(fd, b"last words\n")
+            manager.store.setdefault(NAME_PREFIX + run_id, []).append(fd)
+        server = serving()
+        await server.ready()
+        manager.listen()
+        assert list(manager.store) == [NAME_PREFIX + run_id]
+        server.popen.terminate()
+        assert await server.ended() == 0, server.errors()
+        await sandbox.kill()
+    successor = serving()
+    await successor.ready()
+    assert log_of(settings) == log_of(settings, "stderr") == ["last words"]
+    manager.listen()
+    assert not manager.store
+    successor.popen.terminate()
+    assert await successor.ended() == 0
+    assert not leftovers(settings)

@@ -10,9 +10,20 @@ from .errors import LogError
 from .feed import LogFeed
 from .hub import LogHub
 from .limits import LogLimits
-from .paths import LogPaths
+from .paths import LogPaths, fifo_runs
 from .pump import LogPump
 from .reader import read_log
 from .tenant import LogTenants, TenantLogs
 
-__all__ = ["LogError", "LogFeed", "LogHub", "LogLimits", "LogPaths", "LogPump", "LogTenants", "TenantLogs", "read_log"]
+__all__ = [
+    "LogError",
+    "LogFeed",
+    "LogHub",
+    "LogLimits",
+    "LogPaths",
+    "LogPump",
+    "LogTenants",
+    "TenantLogs",
+    "fifo_runs",
+    "read_log",
+]

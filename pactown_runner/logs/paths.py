@@ -11,7 +11,7 @@ from ..models import Stream
 from ..passage import exposed
 from .errors import LogError
 
-__all__ = ["LOG_ENDING", "STREAMS", "LogPaths", "private_directory"]
+__all__ = ["LOG_ENDING", "STREAMS", "LogPaths", "fifo_runs", "private_directory"]
 
 STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
 _ENDINGS = ("out", "err")
@@ -97,6 +97,15 @@ class LogPaths:
                 if name.startswith(prefix) and len(parts) == 3 and parts[2] in _ENDINGS:
                     found.add((parts[0], parts[1]))
         return found
+
+
+def fifo_runs(run_dir: Path) -> set[str]:
+    """The ids of all runs, of any tenant, that have a FIFO."""
+    try:
+        names = os.listdir(LogPaths(run_dir, run_dir, "").fifo_dir)
+    except FileNotFoundError:
+        return set()
+    return {parts[1] for name in names if len(parts := name.rsplit(".", 2)) == 3}
 
 
 def private_directory(path: str) -> None:

@@ -192,6 +192,11 @@ class LogPump:
         """What become the sandbox's standard output and standard error; valid until `close_child_fds`."""
         return self._fifos[0].child_fd, self._fifos[1].child_fd
 
+    @property
+    def fds(self) -> tuple[int, int]:
+        """Our own ends of the two; valid until `finish` or `detach`."""
+        return self._fifos[0].fd, self._fifos[1].fd
+
     def close_child_fds(self) -> None:
         """Close the sandbox's ends here, once it has them."""
         for fifo in self._fifos:

@@ -179,9 +179,7 @@ async def test_a_tenant_who_stops_its_transfers_keeps_no_other_waiting(
     hanging = [asyncio.create_task(files.read(USER, SERVICE, "stop")) for _ in range(40)]
     key = (await supervisor.users.get_or_create(USER)).key
     loop = asyncio.get_running_loop()
-    await loop.run_in_executor(
-        None, until, lambda: len(_job_scopes(supervisor, key)) == tenant_threads.A_TENANT
-    )
+    await loop.run_in_executor(None, until, lambda: len(_job_scopes(supervisor, key)) == tenant_threads.A_TENANT)
     assert await asyncio.wait_for(files.read(OTHER, SERVICE, "x"), 5) == b"x"
     assert len(_job_scopes(supervisor, key)) == tenant_threads.A_TENANT
     for task in hanging:
