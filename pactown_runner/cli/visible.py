@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["visible"]
+__all__ = ["one_line", "visible"]
 
 _UNUSUAL = re.compile(r"[^\n\t -~]")
 
@@ -18,6 +18,11 @@ def visible(data: bytes) -> bytes:
     """Return `data` as UTF-8 in which every character but newline and tab is printable."""
     text = data.decode("utf-8", "backslashreplace")
     return _UNUSUAL.sub(_shown, text).encode()
+
+
+def one_line(text: str) -> str:
+    """Return what somebody else chose, within a line of ours: a line break in it must not begin one that seems ours."""
+    return text if text.isprintable() else repr(text)
 
 
 def _shown(found: re.Match[str]) -> str:

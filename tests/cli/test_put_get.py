@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,19 +51,40 @@ def test_errors(cli: Cli, tmp_path: Path) -> None:
     assert b"Traceback" not in refused.stderr
 
 
+@pytest.fixture
+def getting(cli: Cli, start: Start, tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
+    """Begins to get a large file, and returns when that is under way."""
+
+    def begin(**options: Any) -> subprocess.Popen[bytes]:
+        source = tmp_path / "source"
+        with source.open("wb") as file:
+            file.truncate(1 << 29)
+        assert cli("put", USER, "api", str(source), "big").returncode == 0
+        out = tmp_path / "out"
+        out.mkdir()
+        process = start("get", USER, "api", "big", str(out / "big"), **options)
+        while not list(out.glob(".pactown-get-*/content")):
+            os.sched_yield()
+            assert process.poll() is None
+        return process
+
+    return begin
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_get_leaves_nothing(cli: Cli, start: Start, tmp_path: Path, number: signal.Signals) -> None:
-    source = tmp_path / "source"
-    with source.open("wb") as file:
-        file.truncate(1 << 29)
-    assert cli("put", USER, "api", str(source), "big").returncode == 0
-    out = tmp_path / "out"
-    out.mkdir()
-    getting = start("get", USER, "api", "big", str(out / "big"))
-    while not list(out.glob(".pactown-get-*/content")):
-        os.sched_yield()
-        assert getting.poll() is None
-    getting.send_signal(number)
-    getting.communicate()
-    assert getting.returncode == 128 + number
-    assert list(out.iterdir()) == []
+def test_an_interrupted_get_leaves_nothing(
+    getting: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, number: signal.Signals
+) -> None:
+    process = getting()
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode == 128 + number
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_ignored_signal_stays_ignored(getting: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    process = getting(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # as nohup does
+    process.send_signal(signal.SIGHUP)
+    process.communicate()
+    assert process.returncode == 0
+    assert (tmp_path / "out/big").stat().st_size == 1 << 29
