@@ -30,7 +30,24 @@ def make_app() -> typer.Typer:
     app.callback()(_options)
     for module in _COMMANDS:
         module.register(app)
+    _join_lines(app)
     return app
+
+
+def _join_lines(app: typer.Typer) -> None:
+    """Let the terminal break the lines of all help texts, and not their source."""
+    for command in app.registered_commands:
+        command.help = _joined(command.help or command.callback.__doc__)
+        command.epilog = _joined(command.epilog)
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            _join_lines(group.typer_instance)
+
+
+def _joined(text: str | None) -> str | None:
+    if text is None:
+        return None
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
 def _version(asked: bool) -> None:

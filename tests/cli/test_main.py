@@ -50,6 +50,20 @@ def test_each_command_has_help(command: str) -> None:
     assert "--users-base" in done.stdout
 
 
+def test_lines_of_help_end_where_the_terminal_does() -> None:
+    done = subprocess.run(
+        [*COMMAND, "run", "--help"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "400"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert any(line.startswith("Its output comes out here") and line.endswith("is an error.") for line in lines)
+    assert any(line.startswith("Exit code: the program's own") and line.endswith("any more.") for line in lines)
+
+
 def test_help_of_run_has_examples_and_exit_codes() -> None:
     text = _run(*COMMAND, "run", "--help").stdout
     assert "pactown-runner run --user alice -- id" in text
