@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from . import doctor, files, logs, purge, run, serve
+from . import doctor, files, logs, purge, run, serve, users
 from . import exec as exec_
 
 __all__ = ["make_app"]
 
-_COMMANDS = (run, serve, exec_, logs, files, doctor, purge)
+_COMMANDS = (run, serve, exec_, logs, files, users, doctor, purge)
 """Each adds itself with `register(app)`; the help lists them in this order."""
 
 

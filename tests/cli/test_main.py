@@ -38,16 +38,29 @@ def test_version() -> None:
 def test_help_lists_the_commands() -> None:
     done = _run(*COMMAND, "--help")
     assert done.returncode == 0
-    for name in ("run", "logs", "put", "get", "doctor", "purge"):
+    for name in ("run", "serve", "exec", "logs", "put", "get", "users", "doctor", "purge"):
         assert f" {name} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "logs", "put", "get", "doctor", "purge"])
+USERS = ["list", "create", "show", "stats", "export", "import", "delete"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run", "serve", "exec", "logs", "put", "get", "doctor", "purge", *(f"users {command}" for command in USERS)],
+)
 def test_each_command_has_help(command: str) -> None:
-    done = _run(*COMMAND, command, "-h")
+    done = _run(*COMMAND, *command.split(), "-h")
     assert done.returncode == 0
     assert f"pactown-runner {command}" in done.stdout
     assert "--users-base" in done.stdout
+
+
+def test_help_of_users_lists_their_commands_and_says_what_json_is() -> None:
+    text = _run(*COMMAND, "users", "--help").stdout
+    assert all(f" {name} " in text for name in USERS)
+    text = _run(*COMMAND, "users", "list", "--help").stdout
+    assert "saas_user_id, linux_username" in text
 
 
 def test_lines_of_help_end_where_the_terminal_does() -> None:

@@ -83,7 +83,7 @@ def test_commands_work_when_typed(cli: Cli, tmp_path: Path) -> None:
     app.mkdir()
     (app / "result.txt").write_text("42\n")
     words = commands(blocks("sh")[1])
-    assert [line[0] for line in words] == ["doctor", "run", "put", "get", "purge"]
+    assert [line[0] for line in words] == ["doctor", "run", "put", "get", "users", "users", "purge"]
     for line in words:
         done = cli(*line, cwd=tmp_path, input=b"y\n")
         # The doctor's verdict is the host's.

@@ -1,0 +1,170 @@
+"""Users as an operator sees them: read from the registry, whoever else uses it, and nothing made by looking."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..config import Settings
+from ..errors import NotFoundError
+from ..logs import LogPaths
+from ..owners import Owners
+from ..registry import Registry, SandboxRow, Standing, UserRow
+from ..specs import check_user_id
+from .tables import show_pairs, show_table
+
+__all__ = ["UserView", "details", "find_user", "list_users", "show_user", "show_users"]
+
+Status = Literal["ready", "creating", "deleting", "kept"]
+"""`creating` and `deleting`: begun, and not ended; `kept`: the user was deleted, and its home is there still."""
+
+_COLOURS = {"ready": "green", "creating": "yellow", "deleting": "yellow", "kept": "dim", "blocked": "red"}
+_HEADINGS = ("user", "login", "uid", "created", "tier", "running", "status")
+
+
+@dataclass(frozen=True)
+class UserView:
+    """A user, and what there is of it.
+
+    Attributes:
+        row: who.
+        status: whether the user is whole.
+        standing: what the operator lets it have.
+        sandboxes: what is meant to be alive of it; the runner's own jobs aside.
+    """
+
+    row: UserRow
+    status: Status
+    standing: Standing
+    sandboxes: list[SandboxRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `users list --json` tells it. Names are only ever added."""
+        return {
+            **self.row.user().to_dict(),
+            "status": self.status,
+            "tier": self.standing.tier,
+            "blocked": self.standing.blocked,
+            "running": len(self.sandboxes),
+        }
+
+
+@contextlib.contextmanager
+def _opened_registry(settings: Settings) -> Iterator[Registry | None]:
+    """The registry of a state, if there is one."""
+    path = settings.state_dir / "registry.db"
+    if not path.exists():  # looking must not make one
+        yield None
+        return
+    with Registry(path) as registry:
+        yield registry
+
+
+def list_users(settings: Settings) -> list[UserView]:
+    """All users, and those whose home was kept, in the order in which they were first made."""
+    with _opened_registry(settings) as registry:
+        if registry is None:
+            return []
+        sandboxes: dict[str, list[SandboxRow]] = {}
+        for sandbox in registry.rows():
+            sandboxes.setdefault(sandbox.key, []).append(sandbox)
+        views = (_view(registry, row, sandboxes.get(row.key, [])) for row in registry.users())
+        return [view for view in views if view is not None]
+
+
+def find_user(settings: Settings, user_id: str) -> UserView:
+    """The user of this id.
+
+    Raises:
+        NotFoundError: there is none.
+        SpecError: the id is malformed.
+    """
+    check_user_id(user_id)
+    with _opened_registry(settings) as registry:
+        row = registry.user(user_id) if registry else None
+        view = _view(registry, row, registry.rows(key=row.key)) if registry and row else None
+    if view is None:
+        raise NotFoundError(
+            f"there is no user {user_id!r} in {settings.state_dir}", remedy="look for it: pactown-runner users list"
+        )
+    return view
+
+
+def _view(registry: Registry, row: UserRow, sandboxes: list[SandboxRow]) -> UserView | None:
+    if row.status == "deleted":
+        if not row.home.exists():
+            return None
+        removal = registry.removal(row.key)
+        if removal is None or removal.delete_home:
+            return None
+    named = [sandbox for sandbox in sandboxes if not sandbox.service_id.startswith("_")]
+    return UserView(row, "kept" if row.status == "deleted" else row.status, registry.standing(row.key), named)
+
+
+def show_users(views: list[UserView]) -> None:
+    """Write a table of users."""
+    show_table(
+        _HEADINGS,
+        [
+            (
+                view.row.saas_id,
+                view.row.username,
+                str(view.row.uid),
+                _time(view.row.created_at),
+                view.standing.tier or "-",
+                str(len(view.sandboxes)),
+                "blocked" if view.standing.blocked and view.status == "ready" else view.status,
+            )
+            for view in views
+        ],
+        _COLOURS,
+    )
+
+
+def details(settings: Settings, view: UserView) -> dict[str, Any]:
+    """All about a user, as `users show --json` tells it. Names are only ever added."""
+    owners = Owners(settings.state_dir)
+    return {
+        **view.to_dict(),
+        "log_dir": _log_dir(settings, view),
+        "sandboxes": [
+            {
+                "service_id": sandbox.service_id,
+                "kind": sandbox.kind,
+                "created_at": sandbox.created_at,
+                "looked_after": owners.alive(sandbox.owner),
+            }
+            for sandbox in view.sandboxes
+        ],
+    }
+
+
+def show_user(settings: Settings, view: UserView) -> None:
+    """Write all about a user, for people."""
+    row = view.row
+    owners = Owners(settings.state_dir)
+    pairs = [
+        ("user", row.saas_id),
+        ("login", row.username + " (a name only)" * row.virtual),
+        ("uid, gid", f"{row.uid}, {row.gid}"),
+        ("home", str(row.home)),
+        ("logs", _log_dir(settings, view)),
+        ("created", _time(row.created_at)),
+        ("status", view.status),
+        ("tier", (view.standing.tier or "-") + ", blocked" * view.standing.blocked),
+    ]
+    for sandbox in view.sandboxes:
+        alone = "" if owners.alive(sandbox.owner) else ", which nobody looks after"
+        pairs.append((sandbox.kind, f"{sandbox.service_id}, since {_time(sandbox.created_at)}{alone}"))
+    show_pairs(pairs)
+
+
+def _log_dir(settings: Settings, view: UserView) -> str:
+    return str(LogPaths(settings.log_dir, settings.run_dir, view.row.key).tenant_dir)
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -1,0 +1,395 @@
+"""`pactown-runner users`: the tenants themselves, their data in and out, and their end."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .messages import Ended, errors_told, say, write_json
+from .options import Config, Json, UsersBase, load_settings
+from .visible import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..archives import Exported, Imported, LeftOut
+    from ..config import Settings
+    from ..models import IsolatedUser
+    from .user_views import UserView
+
+__all__ = ["register"]
+
+_SHOWN_LEFT_OUT = 10
+
+_LIST_EPILOG = """\
+[bold]--json[/bold] writes {"users": [...], "count": N}. Each user has saas_user_id, linux_username, linux_uid,
+linux_gid, home_dir, created_at (seconds since the epoch), status (ready; creating and deleting, which were begun and
+not ended; kept, which was deleted but for its home), tier (a name or null), blocked, and running (how many sandboxes
+are meant to be alive). Further names may be added; these stay.
+
+[bold]Example[/bold]: pactown-runner users list --json | jq -r '.users[] | select(.blocked) | .saas_user_id'"""
+
+_SHOW_EPILOG = """\
+[bold]--json[/bold] writes what `users list` tells of the user, and log_dir, and sandboxes: a list of service_id, kind
+(service or run), created_at, and looked_after, which is false where the process that did has died."""
+
+_STATS_EPILOG = """\
+[bold]--json[/bold] writes user (saas_user_id, linux_username), sandbox_count, total_size_mb, and detail (size_bytes,
+entries)."""
+
+_EXPORT_EPILOG = """\
+[bold]Examples[/bold]
+
+pactown-runner users export alice /backup/alice.tar.gz
+
+pactown-runner users export alice - | ssh other-host pactown-runner users import alice -"""
+
+_IMPORT_EPILOG = """\
+[bold]Examples[/bold]
+
+pactown-runner users import alice /backup/alice.tar.gz
+
+pactown-runner users import alice-2 --made-for alice /backup/alice.tar.gz"""
+
+User = Annotated[str, typer.Argument(metavar="USER", help="The tenant's id.", show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    users = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+    users.command("list", epilog=_LIST_EPILOG)(list_)
+    users.command("create")(create)
+    users.command("show", epilog=_SHOW_EPILOG)(show)
+    users.command("stats", epilog=_STATS_EPILOG)(stats)
+    users.command("export", epilog=_EXPORT_EPILOG)(export)
+    users.command("import", epilog=_IMPORT_EPILOG)(import_)
+    users.command("delete")(delete)
+    app.add_typer(
+        users, name="users", help="The tenants: who there is, what they use, their data in and out, and their end."
+    )
+
+
+def list_(as_json: Json = False, users_base: UsersBase = None, config: Config = None) -> None:
+    """List all tenants, in the order in which they were first made."""
+    with errors_told(1, as_json=as_json):
+        from .user_views import list_users, show_users  # noqa: PLC0415
+
+        views = list_users(load_settings(users_base, config))
+        if as_json:
+            write_json({"users": [view.to_dict() for view in views], "count": len(views)})
+        elif views:
+            show_users(views)
+        else:
+            say("there are no users; one is made at its first use, or by: pactown-runner users create ID")
+
+
+def create(user: User, *, as_json: Json = False, users_base: UsersBase = None, config: Config = None) -> None:
+    """Make a tenant: an account, as root, and a home. That there is one of this id already is no error.
+
+    An id whose user was deleted gets the same login and uid again, and the home if that was kept.
+    """
+    with errors_told(1, as_json=as_json):
+        from .user_views import find_user, show_user  # noqa: PLC0415
+        from .user_work import make  # noqa: PLC0415
+
+        settings = load_settings(users_base, config)
+        made, is_new = make(settings, user)
+        if as_json:
+            write_json({**made.to_dict(), "created": is_new})
+            return
+        show_user(settings, find_user(settings, user))
+        if is_new:
+            say(f"made; to run something: {_typed('run', '--user', user, '--', 'id')}")
+        else:
+            say("it was there already")
+
+
+def show(user: User, *, as_json: Json = False, users_base: UsersBase = None, config: Config = None) -> None:
+    """Show who a tenant is on this host, and what is meant to be alive of it."""
+    with errors_told(1, as_json=as_json):
+        from .user_views import details, find_user, show_user  # noqa: PLC0415
+
+        settings = load_settings(users_base, config)
+        view = find_user(settings, user)
+        if as_json:
+            write_json(details(settings, view))
+            return
+        show_user(settings, view)
+        if view.status != "ready":
+            say(_advice(view))
+
+
+def stats(user: User, *, as_json: Json = False, users_base: UsersBase = None, config: Config = None) -> None:
+    """Count what a tenant's home takes on the disk, now. It is counted as the tenant, and hence the tenant's word."""
+    with errors_told(1, as_json=as_json):
+        settings = load_settings(users_base, config)
+        found = _ready(settings, user)
+        from .tables import show_pairs  # noqa: PLC0415
+        from .user_work import stats as count  # noqa: PLC0415
+
+        counted = count(settings, found)
+        usage = counted.usage
+        if as_json:
+            write_json(
+                {**counted.to_dict(), "detail": {"size_bytes": usage.bytes, "entries": usage.entries}},
+            )
+            return
+        show_pairs(
+            [
+                ("user", user),
+                ("login", found.linux_username),
+                ("size", f"{_size(usage.bytes)} ({usage.bytes} bytes)"),
+                ("entries", f"{usage.entries} files, folders and links"),
+                ("sandboxes", f"{usage.sandboxes} directories of services"),
+            ]
+        )
+
+
+def export(
+    user: User,
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="The archive to write, a `tar.gz`; `-` for standard output. It appears whole or not at all, also in "
+            "the place of an older one.",
+            show_default=False,
+            allow_dash=True,
+        ),
+    ],
+    *,
+    stopped: Annotated[
+        bool,
+        typer.Option(
+            "--stopped", help="Refuse if anything of the tenant runs. Without it, what runs stands still meanwhile."
+        ),
+    ] = False,
+    as_json: Json = False,
+    users_base: UsersBase = None,
+    config: Config = None,
+) -> None:
+    """Write a tenant's home into an archive, for `users import` on this or another host.
+
+    Nothing of the tenant starts meanwhile; with `-` that is until all has been read. What was written to standard
+    output is an archive only if this command ends with 0. Left out, and named, are FIFOs, sockets, devices, and
+    virtual environments that sandboxes have for their requirements: those are made anew where they are needed.
+    """
+    to_stdout = target == Path("-")
+    if to_stdout and as_json:
+        raise typer.BadParameter("standard output is the archive's; name a file", param_hint="--json")
+    if to_stdout and sys.stdout.isatty():
+        raise typer.BadParameter("this would go to your terminal; name a file, or pipe it on", param_hint="FILE")
+    with errors_told(1, as_json=as_json):
+        settings = load_settings(users_base, config)
+        found = _ready(settings, user)
+        from .user_work import export as write  # noqa: PLC0415
+
+        done = write(settings, found, None if to_stdout else target, "stopped" if stopped else "frozen")
+        if as_json:
+            write_json({"path": str(target.absolute()), "archive_bytes": done.archive_bytes, **_numbers(done)})
+            return
+        _tell_left_out(done)
+        what = f"exported {user!r}: {_count(done)}, {_size(done.archive_bytes)} packed"
+        if to_stdout:
+            say(what)
+        else:
+            say(f"{what}, in {target}")
+            say(f"to have it on another host, copy it there, and: {_typed('users', 'import', user, str(target))}")
+
+
+def import_(
+    user: User,
+    archive: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="What `users export` wrote, or a `tar.gz` of a folder pactown_...; `-` for standard input.",
+            show_default=False,
+            allow_dash=True,
+        ),
+    ],
+    *,
+    made_for: Annotated[
+        str | None,
+        typer.Option(
+            "--made-for", metavar="ID", help="The id that the archive was made for, if another.", show_default=False
+        ),
+    ] = None,
+    as_json: Json = False,
+    users_base: UsersBase = None,
+    config: Config = None,
+) -> None:
+    """Replace a tenant's home by what an archive holds, wholly or not at all. The tenant is made if there is none.
+
+    What was in the home is gone then. Nothing of the tenant may run, nor does anything start meanwhile. All that the
+    archive holds is unpacked with the tenant's uid, becomes the tenant's, and is compared with the archive's manifest.
+    """
+    from_stdin = archive == Path("-")
+    if from_stdin and sys.stdin.isatty():
+        raise typer.BadParameter("standard input is your terminal; name a file, or pipe one in", param_hint="FILE")
+    with errors_told(1, as_json=as_json):
+        from .user_work import import_ as read  # noqa: PLC0415
+
+        settings = load_settings(users_base, config)
+        done, is_new = read(settings, user, None if from_stdin else archive, made_for)
+        if as_json:
+            write_json({"user_id": user, "created": is_new, "verified": done.verified, **_numbers(done)})
+            return
+        _tell_left_out(done)
+        verified = "all of it as its manifest says" if done.verified else "unverified: the archive has no manifest"
+        say(f"imported {user!r}: {_count(done)}, {verified}")
+
+
+def delete(
+    user: User,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    keep_home: Annotated[
+        bool, typer.Option("--keep-home", help="Its home becomes root's, until the tenant is made again.")
+    ] = False,
+    keep_logs: Annotated[bool, typer.Option("--keep-logs", help="Its logs stay where they are.")] = False,
+    as_json: Json = False,
+    users_base: UsersBase = None,
+    config: Config = None,
+) -> None:
+    """Delete a tenant, with all that carries its uid on this host: processes, files, home, logs, account.
+
+    Its services have to be stopped before. Key, login and uid are never given to somebody else, and are this id's
+    again if it comes back. When this is interrupted or fails, nothing starts for the tenant any more, and the same
+    command finishes it.
+    """
+    with errors_told(1, as_json=as_json):
+        settings = load_settings(users_base, config)
+        from .user_views import find_user  # noqa: PLC0415
+
+        view = find_user(settings, user)
+        if view.status == "kept":
+            raise _not_there(view)
+        if not yes:
+            _confirm(settings, view, keep_home=keep_home, keep_logs=keep_logs, as_json=as_json)
+        _delete(settings, user, delete_home=not keep_home, delete_logs=not keep_logs)
+        if as_json:
+            write_json({"success": True, "user_id": user, "home_kept": keep_home, "logs_kept": keep_logs})
+            return
+        say(f"deleted {user!r}: login {view.row.username}, uid {view.row.uid}")
+        if keep_home:
+            say(f"its home is kept in {view.row.home}; to have it again: {_typed('users', 'create', user)}")
+
+
+# ---- Help
+
+
+def _ready(settings: Settings, user_id: str) -> IsolatedUser:
+    """The user of this id, who is whole."""
+    from ..errors import StateError  # noqa: PLC0415
+    from .user_views import find_user  # noqa: PLC0415
+
+    view = find_user(settings, user_id)
+    match view.status:
+        case "ready":
+            return view.row.user()
+        case "kept":
+            raise _not_there(view)
+    raise StateError(f"user {user_id!r} is {view.status}", remedy=_advice(view))
+
+
+def _not_there(view: UserView) -> Exception:
+    from ..errors import NotFoundError  # noqa: PLC0415
+
+    return NotFoundError(f"user {view.row.saas_id!r} was deleted, and its home was kept", remedy=_advice(view))
+
+
+def _advice(view: UserView) -> str:
+    """What to do about a user who is not whole."""
+    user_id = view.row.saas_id
+    match view.status:
+        case "creating":
+            return f"to finish what was interrupted: {_typed('users', 'create', user_id)}"
+        case "deleting":
+            return f"to finish what was interrupted: {_typed('users', 'delete', user_id)}"
+    return f"to have the home again: {_typed('users', 'create', user_id)}"
+
+
+def _confirm(settings: Settings, view: UserView, *, keep_home: bool, keep_logs: bool, as_json: bool) -> None:
+    from ..errors import StateError  # noqa: PLC0415
+    from .user_views import show_user  # noqa: PLC0415
+
+    if as_json or not sys.stdin.isatty():
+        raise StateError("nobody is there to be asked", remedy="give --yes")
+    show_user(settings, view)
+    kept = [name for name, is_kept in (("the home", keep_home), ("the logs", keep_logs)) if is_kept]
+    but = f", but keep {' and '.join(kept)}" if kept else ""
+    question = f"Delete {one_line(view.row.saas_id)} and all that is its{but}?"
+    try:
+        agreed = typer.confirm(question)
+    except typer.Abort:
+        agreed = False
+    if not agreed:
+        say("nothing was deleted")
+        raise Ended(1)
+
+
+def _delete(settings: Settings, user_id: str, *, delete_home: bool, delete_logs: bool) -> None:
+    from ..errors import NotFoundError  # noqa: PLC0415
+    from .user_work import delete as remove  # noqa: PLC0415
+
+    try:
+        remove(settings, user_id, delete_home=delete_home, delete_logs=delete_logs)
+    except Ended:
+        _tell_interrupted(settings, user_id)
+        raise
+    except NotFoundError:
+        pass  # somebody else, who finished what was begun before, was quicker
+
+
+def _tell_interrupted(settings: Settings, user_id: str) -> None:
+    from ..errors import NotFoundError  # noqa: PLC0415
+    from .user_views import find_user  # noqa: PLC0415
+
+    try:
+        view = find_user(settings, user_id)
+    except NotFoundError:
+        say("interrupted when all was done")
+        return
+    say("interrupted; nothing was deleted" if view.status == "ready" else f"interrupted; {_advice(view)}")
+
+
+def _typed(*words: str) -> str:
+    """A command of ours, as it is to be typed."""
+    return shlex.join(["pactown-runner", *words])
+
+
+def _numbers(done: Exported | Imported) -> dict[str, Any]:
+    return {
+        "entries": done.entries,
+        "files": done.files,
+        "bytes": done.bytes,
+        "left_out": [item._asdict() for item in done.left_out],
+        "left_out_count": done.left_out_count,
+    }
+
+
+def _count(done: Exported | Imported) -> str:
+    return f"{done.entries} entries, {done.files} of them files, {_size(done.bytes)}"
+
+
+def _tell_left_out(done: Exported | Imported) -> None:
+    named: Sequence[LeftOut] = done.left_out[:_SHOWN_LEFT_OUT]
+    for item in named:
+        say(f"left out ({one_line(item.reason)}): {one_line(item.path)}")
+    if (more := done.left_out_count - len(named)) > 0:
+        say(f"left out: {more} more")
+
+
+def _size(number: int) -> str:
+    """A number of bytes for people."""
+    size = float(number)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}" if unit != "bytes" else f"{number} bytes"
+        size /= 1024
+    return f"{size:.1f} TiB"
