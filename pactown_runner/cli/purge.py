@@ -44,8 +44,9 @@ def purge(
             if not as_json:
                 _show(plan, work)
             if plan.owners and not force:
+                several = len(plan.owners) > 1
                 raise StateError(
-                    f"{len(plan.owners)} live processes use {work.settings.state_dir}",
+                    f"{len(plan.owners)} live process{'es use' if several else ' uses'} {work.settings.state_dir}",
                     remedy=f"stop them first (fuser {work.settings.state_dir}/owners/*), or give --force",
                 )
             if not plan.empty:

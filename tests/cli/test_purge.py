@@ -78,7 +78,7 @@ def test_live_owner_is_respected(cli: Cli, start: Start, settings: Settings, tes
 
     refused = cli("purge", "--yes")
     assert refused.returncode == 1
-    assert b"1 live processes use" in refused.stderr
+    assert b"1 live process uses" in refused.stderr
     assert b"try: stop them first" in refused.stderr
     assert process.poll() is None
 
