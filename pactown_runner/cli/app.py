@@ -12,7 +12,7 @@ from . import exec as exec_
 __all__ = ["make_app"]
 
 _COMMANDS = (run, serve, exec_, logs, files, users, doctor, purge)
-"""Each adds itself with `register(app)`; the help lists them in this order."""
+"""Each adds itself with `register(app)`; the help lists them in this order, and groups of commands last."""
 
 
 def make_app() -> typer.Typer:

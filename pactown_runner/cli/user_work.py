@@ -70,6 +70,9 @@ def export(settings: Settings, user: IsolatedUser, target: Path | None, while_: 
     Raises: as `export_home`; `BrokenPipeError` if nobody reads standard output any more.
     """
 
+    if target is not None and target.is_dir():  # to say so after an hour would be late
+        raise ArchiveError(f"cannot write {target}: it is a folder", remedy="name a file in it, such as home.tar.gz")
+
     async def work() -> Exported:
         with bar("export") as progress:
 

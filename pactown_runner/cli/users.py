@@ -268,7 +268,7 @@ def delete(
 
         view = find_user(settings, user)
         if view.status == "kept":
-            raise _not_there(view)
+            raise _not_there(view, "to delete that as well, first")
         if not yes:
             _confirm(settings, view, keep_home=keep_home, keep_logs=keep_logs, as_json=as_json)
         _delete(settings, user, delete_home=not keep_home, delete_logs=not keep_logs)
@@ -297,10 +297,13 @@ def _ready(settings: Settings, user_id: str) -> IsolatedUser:
     raise StateError(f"user {user_id!r} is {view.status}", remedy=_advice(view))
 
 
-def _not_there(view: UserView) -> Exception:
+def _not_there(view: UserView, wish: str = "to have that again") -> Exception:
     from ..errors import NotFoundError  # noqa: PLC0415
 
-    return NotFoundError(f"user {view.row.saas_id!r} was deleted, and its home was kept", remedy=_advice(view))
+    user_id = view.row.saas_id
+    return NotFoundError(
+        f"user {user_id!r} was deleted, and its home was kept", remedy=f"{wish}: {_typed('users', 'create', user_id)}"
+    )
 
 
 def _advice(view: UserView) -> str:

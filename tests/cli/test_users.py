@@ -257,6 +257,7 @@ def test_a_reader_who_went_away(start: Start, cli: Cli, nothing_left: Callable[[
 def test_what_makes_no_sense_is_misuse(cli: Cli, start: Start) -> None:
     cli("users", "create", USER)
     assert cli("users", "export", USER, "-", "--json").returncode == 2
+    assert "name a file" in _error(cli("users", "export", USER, "/tmp", "--json"))["remedy"]
     with terminal() as screen:
         assert start("users", "export", USER, "-", stdout=screen.theirs).wait(SECONDS) == 2
         assert start("users", "import", USER, "-", stdin=screen.theirs).wait(SECONDS) == 2
