@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from cgroups import FormatError, Limits, parse_bytes
+from cgroups import MAX, FormatError, Limits, parse_bytes
 
 from .errors import ConfigError
 from .tiers import DEFAULT_TIERS, Tier, parse_tiers
@@ -41,6 +41,10 @@ class Settings:
         uid_ranges: first and last uid, inclusive, from which tenants' uids are taken.
         default_limits: a sandbox's limits where its spec gives none.
         tenant_limits: limits on each tenant's slice, over all its sandboxes.
+        tenant_disk_max: the most bytes of disk that each tenant's files take, on the file system that homes are on,
+            wherever there they lie; a limit of each tenant like those of `tenant_limits`, but held by the file system's
+            user quotas. `max` lifts it; None leaves it as it is.
+        tenant_inodes_max: the same for how many files, folders and links there are.
         stop_grace: seconds between SIGTERM and SIGKILL.
         on_crash: what becomes of a dead supervisor's services: the next one adopts them, or kills them.
         takeover_interval: seconds between two looks for what a dead owner left.
@@ -97,6 +101,8 @@ class Settings:
     uid_ranges: tuple[tuple[int, int], ...] = DEFAULT_UID_RANGES
     default_limits: Limits = field(default_factory=Limits)
     tenant_limits: Limits = field(default_factory=Limits)
+    tenant_disk_max: int | str | None = None
+    tenant_inodes_max: int | str | None = None
     stop_grace: float = 10.0
     on_crash: Literal["adopt", "kill"] = "adopt"
     takeover_interval: float = 1.0
@@ -174,6 +180,9 @@ class Settings:
                 raise ConfigError(f"{name} must be a number above 0, and 1 at most, not {value!r}")
         for name, least in _WHOLE_NUMBERS.items():
             _check_whole_number(name, getattr(self, name), least)
+        for name, least in _QUOTAS.items():
+            if (value := getattr(self, name)) != MAX:
+                _check_whole_number(name, value, least)
         if self.log_cap_bytes < self.log_rotate_bytes:
             raise ConfigError(
                 f"log_cap_bytes is {self.log_cap_bytes}, less than the {self.log_rotate_bytes} of one log",
@@ -284,11 +293,14 @@ _WHOLE_NUMBERS = {
     "venv_keep": 0,
 }
 """And the least that each may be."""
+_QUOTAS = {"tenant_disk_max": 4096, "tenant_inodes_max": 1}
+"""May be `max` as well; and the least that each may be else: what an empty home takes."""
 _INTERVALS = ("takeover_interval", "throttled_interval", "api_timeout", "venv_timeout")
 _SHARES = ("memory_pressure_share", "cpu_pressure_share", "throttled_share")
 _OPTIONAL = (
     *("api_group", "api_listen"),
     *("log_rate_bytes", "max_sandboxes", "max_sandboxes_per_user", "starts_per_minute"),
+    *("tenant_disk_max", "tenant_inodes_max"),
     *("venv_python", "venv_index", *_SHARES),
 )
 """May be `None`, which an environment variable says by the word `none`."""
@@ -349,7 +361,8 @@ def _parse_limits(value: Any) -> Limits:
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys((*_PATHS, "venv_python"), Path),
     **dict.fromkeys(_WHOLE_NUMBERS, int),
-    **dict.fromkeys(_SIZES, parse_bytes),
+    **dict.fromkeys((*_SIZES, "tenant_disk_max"), parse_bytes),
+    "tenant_inodes_max": lambda value: value if value == MAX else int(value),
     **dict.fromkeys(("stop_grace", "starts_per_minute", *_INTERVALS, *_SHARES), float),
     **dict.fromkeys(("default_limits", "tenant_limits"), _parse_limits),
     **dict.fromkeys(("api_hosts", "api_origins"), _parse_names),

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -202,7 +202,8 @@ class Purge:
     def _remove_users(self, rows: list[UserRow]) -> None:
         if self._registry is None or not rows:
             return
-        users = Users(self.settings, self._registry)
+        # Whoever is only made to be removed needs no disk, and where limits cannot be enforced would not be made.
+        users = Users(replace(self.settings, tenant_disk_max=None, tenant_inodes_max=None), self._registry)
         with ExitStack() as held:
             tree = self._tree(held)
             for row in rows:

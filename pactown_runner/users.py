@@ -18,9 +18,10 @@ from pathlib import Path
 from .accounts import MAX_NAME, PREFIX, Accounts
 from .config import Settings
 from .database import exclusive
-from .errors import AccountError, NotFoundError, StateError
+from .errors import AccountError, LimitsError, NotFoundError, StateError
 from .home_dirs import make_home
 from .models import IsolatedUser
+from .quotas import TenantQuotas
 from .registry import Registry, Removal, UserRow
 from .specs import check_user_id
 
@@ -52,6 +53,7 @@ class Users:
         self._users_base = Path(os.path.abspath(settings.users_base))
         self._registry = registry
         self._accounts = Accounts(self._users_base, settings.uid_ranges, registry.state_id)
+        self._quotas = TenantQuotas(settings.tenant_disk_max, settings.tenant_inodes_max)
 
     def get(self, saas_user_id: str) -> IsolatedUser | None:
         """The user of this id, or None if there is none, or none that is whole.
@@ -71,14 +73,17 @@ class Users:
         Raises:
             SpecError: the id is malformed.
             AccountError: the account cannot be made, or is not what it was.
+            LimitsError: the settings limit tenants' disk, and that cannot be enforced; no user was made.
             StateError: the user is being removed.
             RegistryError: see `Registry`.
         """
         row = self._registry.user(check_user_id(saas_user_id))
         if row is None or row.status != "ready":
+            self._check_quotas()
             row = self._make(saas_user_id)
         user = row.user()
         self.verify(user)
+        self.hold_to_quotas(user)
         return user
 
     def verify(self, user: IsolatedUser) -> None:
@@ -89,6 +94,26 @@ class Users:
             raise AccountError(
                 f"user {user.linux_username} was made by uid {user.linux_uid}, gid {user.linux_gid}",
                 remedy="run as that user, or name another state directory",
+            )
+
+    def hold_to_quotas(self, user: IsolatedUser) -> None:
+        """Have the settings' limits on a tenant's disk hold for this one; only once in the life of this object.
+
+        Raises:
+            LimitsError: they cannot be enforced.
+        """
+        if self.root_mode:
+            self._quotas.hold(user.home_dir, user.linux_uid)
+        else:
+            self._check_quotas()
+
+    def _check_quotas(self) -> None:
+        if self.root_mode:
+            self._quotas.check(self._users_base)
+        elif self._quotas:
+            raise LimitsError(
+                "tenants' disk cannot be limited without root: all their files are the same user's",
+                remedy="run as root, or set neither tenant_disk_max nor tenant_inodes_max",
             )
 
     def check_ours(self, saas_user_id: str) -> None:
@@ -147,6 +172,7 @@ class Users:
                     remedy="call begin_removal first",
                 )
             if not row.virtual:
+                self._quotas.lift(self._users_base, row.uid)
                 self._accounts.delete(row)
             self._registry.tombstone(row)
 
@@ -180,6 +206,8 @@ class Users:
                         row = self._registry.reassign(row, self._choose(saas_user_id))
                     self._accounts.create(row)
                 make_home(self._users_base, row.username, row.uid, row.gid, kept=kept)
+                if self.root_mode:
+                    self._quotas.hold(row.home, row.uid, anew=True)
                 row = self._registry.mark_ready(row)
             return row
 

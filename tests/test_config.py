@@ -114,6 +114,11 @@ def test_the_hosts_file_is_read_if_it_is_there(tmp_path: Path) -> None:
         ("default_limits = {colour = 5}", "default_limits"),
         ("default_limits = 5", "default_limits"),
         ("tenant_limits = {memory_oom_group = true}", "memory_oom_group"),
+        ("tenant_disk_max = 4095", "tenant_disk_max must be a whole number, 4096 or more"),
+        ("tenant_disk_max = 'lots'", "tenant_disk_max"),
+        ("tenant_disk_max = true", "tenant_disk_max"),
+        ("tenant_inodes_max = 0", "tenant_inodes_max must be a whole number, 1 or more"),
+        ("tenant_inodes_max = '1K'", "tenant_inodes_max"),
         ("archive_max_bytes = '-1'", "archive_max_bytes"),
         ("archive_max_entries = 0", "archive_max_entries"),
         ("archive_max_depth = 0", "archive_max_depth"),
@@ -237,3 +242,16 @@ def test_a_directory_that_cannot_be_looked_into_cannot_be_written(
 
     monkeypatch.setattr(Path, "exists", refuse)
     assert Settings.load(environ={"HOME": "/home/me"}).stop_grace == 10
+
+
+def test_how_much_of_the_disk_is_a_tenants(toml: Path) -> None:
+    settings = Settings.load(environ={})
+    assert (settings.tenant_disk_max, settings.tenant_inodes_max) == (None, None)
+    toml.write_text('tenant_disk_max = "10G"\ntenant_inodes_max = 100000')
+    settings = Settings.load(config=toml, environ={})
+    assert (settings.tenant_disk_max, settings.tenant_inodes_max) == (10 << 30, 100_000)
+    environ = {"PACTOWN_TENANT_DISK_MAX": "max", "PACTOWN_TENANT_INODES_MAX": "50"}
+    settings = Settings.load(config=toml, environ=environ)
+    assert (settings.tenant_disk_max, settings.tenant_inodes_max) == ("max", 50)
+    settings = Settings.load(config=toml, environ={"PACTOWN_TENANT_DISK_MAX": "none"}, tenant_inodes_max="max")
+    assert (settings.tenant_disk_max, settings.tenant_inodes_max) == (None, "max")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..config import Settings
 from .finding import Finding, Status
-from .host import check_accounts, check_directories, check_state, check_users_base
+from .host import check_accounts, check_directories, check_quotas, check_state, check_users_base
 from .kernel import check_controllers, check_kernel, check_mount, check_proc, check_sysctls
 from .place import check_identity, check_place
 from .probe import check_launcher
@@ -28,6 +28,7 @@ def examine(settings: Settings) -> list[Finding]:
         *check_launcher(mount, settings),
         *check_accounts(settings),
         *check_users_base(settings.users_base),
+        *check_quotas(settings),
         *check_directories(settings),
         *check_state(settings),
         *check_proc(),

@@ -11,14 +11,17 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from cgroups import MAX
+
 from ..accounts import HOMED_UIDS
 from ..config import Settings
 from ..errors import RunnerError
+from ..quotas import quotas_at
 from ..registry import Registry
 from .finding import Finding, fail, ok, warn
 from .kernel import mount_options
 
-__all__ = ["check_accounts", "check_directories", "check_state", "check_users_base", "taken_ids"]
+__all__ = ["check_accounts", "check_directories", "check_quotas", "check_state", "check_users_base", "taken_ids"]
 
 _TOOLS = ("useradd", "groupadd", "userdel", "groupdel")
 _TOOL_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -90,6 +93,26 @@ def check_users_base(users_base: Path, mountinfo: str | None = None) -> Iterator
     if "nosuid" in options:
         message = f"{users_base} is mounted nosuid, which takes nothing from tenants: they run with no_new_privs anyway"
         yield ok("users_base.mount", message)
+
+
+def check_quotas(settings: Settings) -> Iterator[Finding]:
+    """Whether tenants' disk can be limited, and counted without a walk."""
+    wanted = [name for name in ("tenant_disk_max", "tenant_inodes_max") if getattr(settings, name) not in (None, MAX)]
+    if os.geteuid() != 0:
+        if wanted:
+            yield fail(
+                "users_base.quota", f"{' and '.join(wanted)} cannot be enforced without root", "run it with sudo"
+            )
+        return
+    base = settings.users_base
+    with quotas_at(next(path for path in (base, *base.parents) if path.is_dir()).resolve()) as quotas:
+        state, remedy = quotas.state, quotas.remedy()
+    if state == "enforced":
+        yield ok("users_base.quota", f"the file system of {base} holds each tenant to its disk quota, if it has one")
+        return
+    without = "only counts what users take" if state == "counted" else "has no user quotas"
+    follows = f"{' and '.join(wanted)} cannot be enforced" if wanted else "one tenant can fill it"
+    yield (fail if wanted else warn)("users_base.quota", f"the file system of {base} {without}: {follows}", remedy)
 
 
 def _passage(directory: Path) -> Finding | None:
