@@ -24,13 +24,12 @@ from .programs import tenant_environment
 from .registry import Registry
 from .scoped_popen import ScopedPopens
 from .specs import argv_of, check_command, check_service_id
+from .supervisor_users import UserStats
 from .trees import open_tree
-from .usage import home_usage, make_sandbox_directory
+from .usage import UsageMeter, make_sandbox_directory
 from .users import Users
 
 __all__ = ["UserIsolationManager", "get_isolation_manager"]
-
-_MIB = 1 << 20
 
 
 class UserIsolationManager:
@@ -61,6 +60,7 @@ class UserIsolationManager:
             self._users = Users(settings, self._registry)
             self._owner = held.enter_context(Owner(settings.state_dir))
             self._host, self._refusal = self._open_host(held)
+            self._meter = None if self._host is None else UsageMeter(self._host)
             self._held = held.pop_all()
 
     def _open_host(self, held: ExitStack) -> tuple[Host | None, TreeError | None]:
@@ -137,12 +137,9 @@ class UserIsolationManager:
             FilesError: its home could not be counted in time.
         """
         user = self._known(saas_user_id)
-        usage = home_usage(self._placed(), user)
-        return {
-            "user": {"saas_user_id": user.saas_user_id, "linux_username": user.linux_username},
-            "sandbox_count": usage.sandboxes,
-            "total_size_mb": round(usage.bytes / _MIB, 2),
-        }
+        if self._meter is None:
+            raise self._placing_error()
+        return UserStats(user, self._meter.usage(user)).to_dict()
 
     # Programs
 

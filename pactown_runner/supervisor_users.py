@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .homes import OnProgress
 from .host import LoopHost
 from .models import IsolatedUser
 from .tenant_threads import TenantThreads
-from .usage import Usage, home_usage
+from .usage import Usage, UsageMeter
 from .users import Users
 
 __all__ = ["Placed", "SupervisorUsers", "UserStats"]
@@ -31,19 +31,35 @@ class UserStats:
 
     Attributes:
         user: who.
-        usage: what the home takes, counted as the user, and hence the user's word.
+        usage: what it takes of the disk, and who says so.
     """
 
     user: IsolatedUser
     usage: Usage
 
-    def to_dict(self) -> dict[str, Any]:
-        """As `UserIsolationManager.get_user_stats` gives it; sizes in MiB."""
-        return {
+    @property
+    def bytes(self) -> int:
+        """What the user takes on the disk."""
+        return self.usage.bytes
+
+    @property
+    def entries(self) -> int:
+        """Files, folders, links and all else that the user has."""
+        return self.usage.entries
+
+    @property
+    def enforced(self) -> bool:
+        """Whether the kernel counts them, and holds the user to limits on them."""
+        return self.usage.enforced
+
+    def to_dict(self, *, detail: bool = False) -> dict[str, Any]:
+        """As `UserIsolationManager.get_user_stats` gives it, the size in MiB; with `detail` also all of the usage."""
+        shown = {
             "user": {"saas_user_id": self.user.saas_user_id, "linux_username": self.user.linux_username},
             "sandbox_count": self.usage.sandboxes,
             "total_size_mb": round(self.usage.bytes / _MIB, 2),
         }
+        return {**shown, "usage": asdict(self.usage)} if detail else shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +89,12 @@ class SupervisorUsers:
         self._users = users
         self._refusal = refusal
         self._here: Placed | None = None
+        self._meter: UsageMeter | None = None
 
     def place(self, here: Placed | None) -> None:
         """There is a place for cgroups from now on, or no more."""
         self._here = here
+        self._meter = None if here is None else UsageMeter(here.host)
 
     async def get_or_create(self, user_id: str) -> IsolatedUser:
         """The user of this id; an account is made if there is none."""
@@ -96,16 +114,16 @@ class SupervisorUsers:
         return await to_thread.run_sync(self._users.list)
 
     async def stats(self, user_id: str) -> UserStats:
-        """What a user's home takes; counted anew.
+        """What a user takes of the disk; where nobody but the user can count it, as it was some seconds ago perhaps.
 
         Raises:
             NotFoundError: there is no such user.
             FilesError: it could not be counted in time.
             TreeError: there is no place for cgroups here.
         """
-        here, user = self._placed(), await self._known(user_id)
-        usage = await here.threads.run(user_id, lambda stop: home_usage(here.host, user, stop=stop))
-        return UserStats(user, usage)
+        here, user, meter = self._placed(), await self._known(user_id), self._meter
+        assert meter is not None
+        return UserStats(user, await here.threads.run(user_id, lambda stop: meter.usage(user, stop=stop)))
 
     async def export(
         self, user_id: str, target: Path, *, while_: While = "frozen", on_progress: OnProgress | None = None
