@@ -60,7 +60,7 @@ class UserIsolationManager:
             self._users = Users(settings, self._registry)
             self._owner = held.enter_context(Owner(settings.state_dir))
             self._host, self._refusal = self._open_host(held)
-            self._meter = None if self._host is None else UsageMeter(self._host)
+            self._meter = UsageMeter(self._host)
             self._held = held.pop_all()
 
     def _open_host(self, held: ExitStack) -> tuple[Host | None, TreeError | None]:
@@ -137,8 +137,6 @@ class UserIsolationManager:
             FilesError: its home could not be counted in time.
         """
         user = self._known(saas_user_id)
-        if self._meter is None:
-            raise self._placing_error()
         return UserStats(user, self._meter.usage(user)).to_dict()
 
     # Programs

@@ -89,12 +89,12 @@ class SupervisorUsers:
         self._users = users
         self._refusal = refusal
         self._here: Placed | None = None
-        self._meter: UsageMeter | None = None
+        self._meter = UsageMeter(None)
 
     def place(self, here: Placed | None) -> None:
         """There is a place for cgroups from now on, or no more."""
         self._here = here
-        self._meter = None if here is None else UsageMeter(here.host)
+        self._meter = UsageMeter(None if here is None else here.host)
 
     async def get_or_create(self, user_id: str) -> IsolatedUser:
         """The user of this id; an account is made if there is none."""
@@ -119,10 +119,14 @@ class SupervisorUsers:
         Raises:
             NotFoundError: there is no such user.
             FilesError: it could not be counted in time.
-            TreeError: there is no place for cgroups here.
+            StateError: the supervisor is not running.
         """
-        here, user, meter = self._placed(), await self._known(user_id), self._meter
-        assert meter is not None
+        here, meter = self._here, self._meter
+        if here is None and self._users.root_mode:
+            raise self._refusal
+        user = await self._known(user_id)
+        if here is None:  # all homes are our own
+            return UserStats(user, await to_thread.run_sync(meter.usage, user))
         return UserStats(user, await here.threads.run(user_id, lambda stop: meter.usage(user, stop=stop)))
 
     async def export(

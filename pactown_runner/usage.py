@@ -8,6 +8,9 @@ again does not keep the disk busy.
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import subprocess
 import threading
 import time
 from collections import OrderedDict
@@ -19,7 +22,7 @@ from weakref import WeakValueDictionary
 from .errors import FilesError
 from .host import Host
 from .jobs import Stop, job
-from .launcher import Directory
+from .launcher import DEFAULT_PATH, Directory
 from .models import IsolatedUser
 from .quotas import UserQuota, quotas_at
 
@@ -90,10 +93,11 @@ class UsageMeter:
     """Tells what users take, and remembers walks. Thread-safe.
 
     Args:
-        host: for what is run as a tenant.
+        host: for what is run as a tenant; None without root where there is no place for cgroups. Then all homes are our
+            own, and so is the walk.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host | None) -> None:
         self._host = host
         self._kept: OrderedDict[tuple[str, float, bool], _Walk] = OrderedDict()
         self._lock = threading.Lock()
@@ -131,7 +135,7 @@ class UsageMeter:
 
     def _quota(self, user: IsolatedUser) -> tuple[UserQuota | None, bool]:
         # Without root all tenants' files are the same uid's.
-        if self._host.users.root_mode:
+        if self._host is not None and self._host.users.root_mode:
             with contextlib.suppress(OSError), quotas_at(user.home_dir) as quotas:
                 return quotas.of(user.linux_uid), quotas.state == "enforced"
         return None, False
@@ -167,7 +171,7 @@ class UsageMeter:
         numbers: tuple[int, ...] = ()
         error = None
         try:
-            numbers = _count(self._host, user, _WALK if wholly else _SANDBOXES, timeout, stop)
+            numbers = self._count(user, _WALK if wholly else _SANDBOXES, timeout, stop)
         except FilesError as failed:
             # What was given up early, or ended by the tenant, may succeed the next time.
             if time.monotonic() - began < timeout:
@@ -176,25 +180,61 @@ class UsageMeter:
         ended = time.monotonic()
         return _Walk(numbers, at, ended + max(KEPT_SECONDS, KEPT_SHARE * (ended - began)), error)
 
+    def _count(self, user: IsolatedUser, script: str, timeout: float, stop: Stop) -> tuple[int, ...]:
+        """The numbers that a script prints, one for each of its lines."""
+        if self._host is None:
+            answer, code = _by_ourselves(user, script, timeout, stop)
+        else:
+            answer, code = _as_tenant(self._host, user, script, timeout, stop)
+        try:
+            numbers = tuple(map(int, answer.split()))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != len(script.splitlines()):
+            raise FilesError(f"the home of {user.linux_username} could not be counted (exit code {code})")
+        return numbers
+
 
 def home_usage(host: Host, user: IsolatedUser, *, timeout: float = USAGE_TIMEOUT, stop: Stop | None = None) -> Usage:
     """As `UsageMeter.usage`, for who asks once: nothing is remembered."""
     return UsageMeter(host).usage(user, timeout=timeout, stop=stop)
 
 
-def _count(host: Host, user: IsolatedUser, script: str, timeout: float, stop: Stop) -> tuple[int, ...]:
-    """The numbers that a script prints, one for each of its lines."""
+def _as_tenant(host: Host, user: IsolatedUser, script: str, timeout: float, stop: Stop) -> tuple[bytes, int]:
+    """What a script prints, and its exit code."""
     argv = ["/bin/sh", "-c", script]
-    with job(host, user, argv, directories=[Directory(user.home_dir)], stdout=True, timeout=timeout, stop=stop) as du:
-        answer = du.output.read(_ANSWER_BYTES)
-        code = du.wait()
+    with job(
+        host, user, argv, directories=[Directory(user.home_dir)], stdout=True, timeout=timeout, stop=stop
+    ) as shell:
+        return shell.output.read(_ANSWER_BYTES), shell.wait()
+
+
+def _by_ourselves(user: IsolatedUser, script: str, timeout: float, stop: Stop) -> tuple[bytes, int]:
+    """What a script prints, and its exit code. It has our uid, and ends with its process group."""
+    deadline = time.monotonic() + timeout
+    stop.check()
     try:
-        numbers = tuple(map(int, answer.split()))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != len(script.splitlines()):
-        raise FilesError(f"the home of {user.linux_username} could not be counted (exit code {code})")
-    return numbers
+        shell = subprocess.Popen(
+            ["/bin/sh", "-c", script],
+            cwd=user.home_dir,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            env={"PATH": DEFAULT_PATH, "LC_ALL": "C"},
+            process_group=0,
+        )
+    except OSError as error:
+        raise FilesError(f"the home of {user.linux_username} could not be counted: {error.strerror}") from error
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return shell.communicate(timeout=min(_LOOK_AGAIN, timeout))[0], shell.returncode
+            if time.monotonic() >= deadline:
+                stop.now(f"it took longer than {timeout:g} s")
+            stop.check()
+    finally:
+        if shell.returncode is None:  # not reaped yet: nobody else can have the number
+            os.killpg(shell.pid, signal.SIGKILL)
+            shell.communicate()
 
 
 def make_sandbox_directory(host: Host, user: IsolatedUser, service_id: str) -> None:
