@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..config import Settings
 from ..errors import NotFoundError
@@ -14,14 +14,32 @@ from ..logs import LogPaths
 from ..owners import Owners
 from ..registry import Registry, SandboxRow, Standing, UserRow
 from ..specs import check_user_id
+from .messages import say
 from .tables import show_pairs, show_table
+from .visible import one_line, size_of
 
-__all__ = ["UserView", "details", "find_user", "list_users", "show_user", "show_users"]
+if TYPE_CHECKING:
+    from ..archives import Exported, Imported
+    from ..supervisor_users import UserStats
+
+__all__ = [
+    "UserView",
+    "count",
+    "details",
+    "find_user",
+    "list_users",
+    "numbers",
+    "show_stats",
+    "show_user",
+    "show_users",
+    "tell_left_out",
+]
 
 Status = Literal["ready", "creating", "deleting", "kept"]
 """`creating` and `deleting`: begun, and not ended; `kept`: the user was deleted, and its home is there still."""
 
 _COLOURS = {"ready": "green", "creating": "yellow", "deleting": "yellow", "kept": "dim", "blocked": "red"}
+_SHOWN_LEFT_OUT = 10
 _HEADINGS = ("user", "login", "uid", "created", "tier", "running", "status")
 
 
@@ -160,6 +178,53 @@ def show_user(settings: Settings, view: UserView) -> None:
         alone = "" if owners.alive(sandbox.owner) else ", which nobody looks after"
         pairs.append((sandbox.kind, f"{sandbox.service_id}, since {_time(sandbox.created_at)}{alone}"))
     show_pairs(pairs)
+
+
+def show_stats(counted: UserStats) -> None:
+    """Write what a user takes of the disk, for people."""
+    usage = counted.usage
+    size, entries = f"{size_of(usage.bytes)} ({usage.bytes} bytes)", f"{usage.entries} files, folders and links"
+    if usage.disk_max is not None:
+        size += f", of {size_of(usage.disk_max)}"
+    if usage.inodes_max is not None:
+        entries += f", of {usage.inodes_max}"
+    by = "the kernel, on the whole file system" if usage.counted == "quota" else "the tenant, in its home"
+    limits = "the kernel holds the tenant to its limits" if usage.enforced else "no limit is enforced"
+    show_pairs(
+        [
+            ("user", counted.user.saas_user_id),
+            ("login", counted.user.linux_username),
+            ("size", size),
+            ("entries", entries),
+            ("sandboxes", f"{usage.sandboxes} directories of services"),
+            ("counted by", f"{by}; {limits}"),
+        ]
+    )
+
+
+def numbers(done: Exported | Imported) -> dict[str, Any]:
+    """What an archive and its home hold, as `--json` tells it."""
+    return {
+        "entries": done.entries,
+        "files": done.files,
+        "bytes": done.bytes,
+        "left_out": [item._asdict() for item in done.left_out],
+        "left_out_count": done.left_out_count,
+    }
+
+
+def count(done: Exported | Imported) -> str:
+    """What an archive and its home hold, for people."""
+    return f"{done.entries} entries, {done.files} of them files, {size_of(done.bytes)}"
+
+
+def tell_left_out(done: Exported | Imported) -> None:
+    """Say what an archive, or the home that was made of it, lacks."""
+    named = done.left_out[:_SHOWN_LEFT_OUT]
+    for item in named:
+        say(f"left out ({one_line(item.reason)}): {one_line(item.path)}")
+    if (more := done.left_out_count - len(named)) > 0:
+        say(f"left out: {more} more")
 
 
 def _log_dir(settings: Settings, view: UserView) -> str:

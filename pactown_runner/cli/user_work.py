@@ -18,6 +18,7 @@ from typing import TypeVar
 from ..archives import ArchiveError, Exported, Imported, While, export_home, export_stream, import_home, import_stream
 from ..config import Settings
 from ..deletion import delete_user
+from ..errors import TreeError
 from ..host import Host
 from ..jobs import Stop
 from ..models import IsolatedUser
@@ -28,7 +29,7 @@ from ..supervisor import Supervisor
 from ..supervisor_users import UserStats
 from ..tenant_threads import TenantThreads
 from ..trees import open_tree
-from ..usage import home_usage
+from ..usage import UsageMeter, home_usage
 from ..users import Users
 from .interrupting import interruptible
 from .messages import say
@@ -48,15 +49,20 @@ def make(settings: Settings, user_id: str) -> tuple[IsolatedUser, bool]:
 
 
 def stats(settings: Settings, user: IsolatedUser) -> UserStats:
-    """What a user's home takes.
+    """What a user takes of the disk.
 
-    Raises: as `home_usage`.
+    Raises: as `UsageMeter.usage`.
     """
 
     async def work() -> UserStats:
-        return await _work(
-            settings, user.saas_user_id, lambda host, stop: UserStats(user, home_usage(host, user, stop=stop))
-        )
+        try:
+            usage = await _work(settings, user.saas_user_id, lambda host, stop: home_usage(host, user, stop=stop))
+        except TreeError:
+            if settings.root_mode:
+                raise
+            # All homes are our own then, and need no cgroup to be counted in.
+            usage = await _in_thread(user.saas_user_id, lambda stop: UsageMeter(None).usage(user, stop=stop))
+        return UserStats(user, usage)
 
     return asyncio.run(interruptible(work()))
 
@@ -147,11 +153,15 @@ async def _work(settings: Settings, user_id: str, work: Callable[[Host, Stop], T
         if _left_behind(host, user_id):
             async with Supervisor(settings=settings, role="one-shot"):
                 pass
-        threads = TenantThreads()
-        try:
-            return await threads.run(user_id, lambda stop: work(host, stop))
-        finally:
-            threads.close()
+        return await _in_thread(user_id, lambda stop: work(host, stop))
+
+
+async def _in_thread(user_id: str, work: Callable[[Stop], T]) -> T:
+    threads = TenantThreads()
+    try:
+        return await threads.run(user_id, work)
+    finally:
+        threads.close()
 
 
 @contextlib.contextmanager

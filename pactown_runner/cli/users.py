@@ -5,25 +5,20 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .messages import Ended, errors_told, say, write_json
 from .options import Config, Json, UsersBase, load_settings
-from .visible import one_line
+from .visible import one_line, size_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ..archives import Exported, Imported, LeftOut
     from ..config import Settings
     from ..models import IsolatedUser
     from .user_views import UserView
 
 __all__ = ["register"]
-
-_SHOWN_LEFT_OUT = 10
 
 _LIST_EPILOG = """\
 [bold]--json[/bold] writes {"users": [...], "count": N}. Each user has saas_user_id, linux_username, linux_uid,
@@ -38,8 +33,9 @@ _SHOW_EPILOG = """\
 (service or run), created_at, and looked_after, which is false where the process that did has died."""
 
 _STATS_EPILOG = """\
-[bold]--json[/bold] writes user (saas_user_id, linux_username), sandbox_count, total_size_mb, and detail (size_bytes,
-entries)."""
+[bold]--json[/bold] writes user (saas_user_id, linux_username), sandbox_count, total_size_mb (MiB), and usage: bytes,
+entries, sandboxes, counted (quota: by the kernel, all that the tenant has on the file system; walk: by the tenant, in
+its home), enforced, disk_max and inodes_max (null for no limit), and walked_at. Further names may be added."""
 
 _EXPORT_EPILOG = """\
 [bold]Examples[/bold]
@@ -124,29 +120,22 @@ def show(user: User, *, as_json: Json = False, users_base: UsersBase = None, con
 
 
 def stats(user: User, *, as_json: Json = False, users_base: UsersBase = None, config: Config = None) -> None:
-    """Count what a tenant's home takes on the disk, now. It is counted as the tenant, and hence the tenant's word."""
+    """Count what a tenant takes of the disk, and say what it may take.
+
+    Where the file system has user quotas the kernel counts and holds the tenant to its limits. Elsewhere the tenant's
+    home is counted as the tenant, and what comes of it is the tenant's word.
+    """
     with errors_told(1, as_json=as_json):
         settings = load_settings(users_base, config)
         found = _ready(settings, user)
-        from .tables import show_pairs  # noqa: PLC0415
-        from .user_work import stats as count  # noqa: PLC0415
+        from .user_views import show_stats  # noqa: PLC0415
+        from .user_work import stats as count_usage  # noqa: PLC0415
 
-        counted = count(settings, found)
-        usage = counted.usage
+        counted = count_usage(settings, found)
         if as_json:
-            write_json(
-                {**counted.to_dict(), "detail": {"size_bytes": usage.bytes, "entries": usage.entries}},
-            )
-            return
-        show_pairs(
-            [
-                ("user", user),
-                ("login", found.linux_username),
-                ("size", f"{_size(usage.bytes)} ({usage.bytes} bytes)"),
-                ("entries", f"{usage.entries} files, folders and links"),
-                ("sandboxes", f"{usage.sandboxes} directories of services"),
-            ]
-        )
+            write_json(counted.to_dict(detail=True))
+        else:
+            show_stats(counted)
 
 
 def export(
@@ -186,14 +175,15 @@ def export(
     with errors_told(1, as_json=as_json):
         settings = load_settings(users_base, config)
         found = _ready(settings, user)
+        from .user_views import count, numbers, tell_left_out  # noqa: PLC0415
         from .user_work import export as write  # noqa: PLC0415
 
         done = write(settings, found, None if to_stdout else target, "stopped" if stopped else "frozen")
         if as_json:
-            write_json({"path": str(target.absolute()), "archive_bytes": done.archive_bytes, **_numbers(done)})
+            write_json({"path": str(target.absolute()), "archive_bytes": done.archive_bytes, **numbers(done)})
             return
-        _tell_left_out(done)
-        what = f"exported {user!r}: {_count(done)}, {_size(done.archive_bytes)} packed"
+        tell_left_out(done)
+        what = f"exported {user!r}: {count(done)}, {size_of(done.archive_bytes)} packed"
         if to_stdout:
             say(what)
         else:
@@ -232,16 +222,17 @@ def import_(
     if from_stdin and sys.stdin.isatty():
         raise typer.BadParameter("standard input is your terminal; name a file, or pipe one in", param_hint="FILE")
     with errors_told(1, as_json=as_json):
+        from .user_views import count, numbers, tell_left_out  # noqa: PLC0415
         from .user_work import import_ as read  # noqa: PLC0415
 
         settings = load_settings(users_base, config)
         done, is_new = read(settings, user, None if from_stdin else archive, made_for)
         if as_json:
-            write_json({"user_id": user, "created": is_new, "verified": done.verified, **_numbers(done)})
+            write_json({"user_id": user, "created": is_new, "verified": done.verified, **numbers(done)})
             return
-        _tell_left_out(done)
+        tell_left_out(done)
         verified = "all of it as its manifest says" if done.verified else "unverified: the archive has no manifest"
-        say(f"imported {user!r}: {_count(done)}, {verified}")
+        say(f"imported {user!r}: {count(done)}, {verified}")
 
 
 def delete(
@@ -364,35 +355,3 @@ def _tell_interrupted(settings: Settings, user_id: str) -> None:
 def _typed(*words: str) -> str:
     """A command of ours, as it is to be typed."""
     return shlex.join(["pactown-runner", *words])
-
-
-def _numbers(done: Exported | Imported) -> dict[str, Any]:
-    return {
-        "entries": done.entries,
-        "files": done.files,
-        "bytes": done.bytes,
-        "left_out": [item._asdict() for item in done.left_out],
-        "left_out_count": done.left_out_count,
-    }
-
-
-def _count(done: Exported | Imported) -> str:
-    return f"{done.entries} entries, {done.files} of them files, {_size(done.bytes)}"
-
-
-def _tell_left_out(done: Exported | Imported) -> None:
-    named: Sequence[LeftOut] = done.left_out[:_SHOWN_LEFT_OUT]
-    for item in named:
-        say(f"left out ({one_line(item.reason)}): {one_line(item.path)}")
-    if (more := done.left_out_count - len(named)) > 0:
-        say(f"left out: {more} more")
-
-
-def _size(number: int) -> str:
-    """A number of bytes for people."""
-    size = float(number)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}" if unit != "bytes" else f"{number} bytes"
-        size /= 1024
-    return f"{size:.1f} TiB"

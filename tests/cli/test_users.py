@@ -176,14 +176,16 @@ def test_a_terminal_gets_a_table(start: Start, cli: Cli) -> None:
 def test_what_a_home_takes(cli: Cli) -> None:
     _as_tenant(cli, "head -c 3000000 /dev/urandom > big")
     counted = _json(cli("users", "stats", USER, "--json"))
-    assert counted.keys() == {"user", "sandbox_count", "total_size_mb", "detail"}
+    assert counted.keys() == {"user", "sandbox_count", "total_size_mb", "usage"}
     assert counted["user"]["saas_user_id"] == USER
     assert counted["sandbox_count"] == 1
-    assert 3_000_000 <= counted["detail"]["size_bytes"] < 4_000_000
-    assert counted["detail"]["entries"] == 4
+    usage = counted["usage"]
+    assert 3_000_000 <= usage["bytes"] < 4_000_000
+    assert (usage["entries"], usage["sandboxes"], usage["disk_max"]) == (4, 1, None)
     text = cli("users", "stats", USER).stdout
     assert b"MiB" in text
-    assert f"({counted['detail']['size_bytes']} bytes)".encode() in text
+    assert f"({usage['bytes']} bytes)".encode() in text
+    assert b"no limit is enforced" in text
 
 
 # ---- Data in and out
@@ -535,8 +537,10 @@ def test_without_root(test_run: Run, slice_name: str) -> None:
         assert (status, listed["count"], listed["users"][0]["status"]) == (0, 1, "ready")
         status, shown = users("show", "demo")
         assert (status, Path(shown["home_dir"]).stat().st_uid) == (0, uid)
-        # In a cgroup that was not delegated to it there is no place for what counts.
-        status, refused = users("stats", "demo")
+        status, counted = users("stats", "demo")
+        assert (status, counted["usage"]["counted"], counted["usage"]["entries"]) == (0, "walk", 1)
+        # In a cgroup that was not delegated to it there is no place for what packs.
+        status, refused = users("export", "demo", str(place / "archive.tar.gz"))
         assert (status, refused["error"]["code"]) == (1, "no-cgroup-tree")
         assert refused["error"]["remedy"]
     finally:

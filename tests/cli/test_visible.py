@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pactown_runner.cli.visible import visible
+from pactown_runner.cli.visible import one_line, size_of, visible
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,23 @@ def test_nothing_but_printable_characters_comes_out(data: bytes) -> None:
 @given(st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"])))
 def test_printable_text_passes(text: str) -> None:
     assert visible(text.encode()) == text.encode()
+
+
+def test_what_would_be_several_lines_is_one() -> None:
+    assert one_line("a b") == "a b"
+    assert one_line("a\nb") == r"'a\nb'"
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        (3 << 19, "1.5 MiB"),
+        (1 << 30, "1.0 GiB"),
+        (5 << 50, "5120.0 TiB"),
+    ],
+)
+def test_sizes(number: int, shown: str) -> None:
+    assert size_of(number) == shown
