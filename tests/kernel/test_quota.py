@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pwd
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -92,6 +93,11 @@ def settings_on(disk: Disk, test_run: Run, **options: Any) -> Settings:
     )
 
 
+def logins_of(settings: Settings) -> list[str]:
+    """Of this state alone: other tests of the session have theirs."""
+    return [entry.pw_name for entry in pwd.getpwall() if Path(entry.pw_dir).parent == settings.users_base]
+
+
 @pytest.fixture(scope="module")
 def settings(disk: Disk, test_run: Run) -> Iterator[Settings]:
     settings = settings_on(disk, test_run, tenant_disk_max=DISK_MAX, tenant_inodes_max=INODES_MAX)
@@ -99,8 +105,8 @@ def settings(disk: Disk, test_run: Run) -> Iterator[Settings]:
     hostsweep.remove_file(settings.run_dir)
     for path in list(hostsweep.cgroup_dirs(settings.cgroup_slice.__eq__)):
         hostsweep.remove_cgroup(path)
-    for leak in list(hostsweep.accounts(test_run.claim)):
-        leak.remove()
+    for login in logins_of(settings):
+        subprocess.run(["userdel", login], check=True)
 
 
 @pytest.fixture
@@ -313,7 +319,7 @@ def test_what_only_counts_or_does_not_is_refused_until_the_remedy(settings: Sett
         def refusal() -> str:
             with pytest.raises(LimitsError, match="does not hold users to disk quotas") as caught:
                 Users(settings, registry).get_or_create("a")
-            assert list(hostsweep.accounts(test_run.claim)) == []
+            assert logins_of(settings) == []
             (finding,) = check_quotas(settings)
             assert finding.status == "fail"
             assert str(caught.value.remedy).startswith(str(finding.remedy))
