@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from cgroups import CgroupError, GoneError
 
+from .archives import HOLD, thaw_held
 from .errors import AlreadyRunningError, NotFoundError, RunnerError
 from .host import Claim, LoopHost
 from .logs import LogError, LogPaths, LogPump, fifo_runs
@@ -120,6 +121,9 @@ async def _end(host: LoopHost, key: str, service_id: str, run_id: str, *, keep: 
         else:
             host.unwritten[key, service_id, run_id] = time.monotonic()
     await host.in_thread(host.tree.remove_if_unused, key)
+    if service_id == HOLD:
+        # Before its record goes, which alone says what an export had frozen.
+        await host.in_thread(thaw_held, host, key)
     if not keep:
         await host.in_thread(host.registry.release, key, service_id, run_id)
 

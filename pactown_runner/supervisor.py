@@ -17,9 +17,10 @@ from typing import Literal, Self
 import anyio
 from anyio import to_thread
 
-from cgroups import Stats
+from cgroups import CgroupError, Stats
 
 from .admission import Admission, raise_descriptor_limit
+from .archives import sweep_fresh_homes
 from .config import Settings
 from .course import Beginning, Course
 from .deletion import finish_removals
@@ -113,9 +114,7 @@ class Supervisor:
                 self.users.place(Placed(host, threads, self._stop_all))
                 await self._take_over(host)
                 await sweep(host)
-                self._removals = threading.Thread(
-                    target=finish_removals, args=(host,), kwargs={"give_up": self._give_up}, name="pactown-removals"
-                )
+                self._removals = threading.Thread(target=self._clean_up, args=(host,), name="pactown-removals")
                 self._removals.start()
                 self._patrol = asyncio.create_task(self._watch_owners(host), name="pactown-owners")
         except BaseException:
@@ -203,6 +202,14 @@ class Supervisor:
         if cancelled is not None:
             raise cancelled
         ending.result()
+
+    def _clean_up(self, host: LoopHost) -> None:
+        """Finish what may take long: removals of users, and imports, that were cut short."""
+        finish_removals(host, give_up=self._give_up)
+        try:
+            sweep_fresh_homes(host)
+        except (RunnerError, CgroupError, OSError) as error:
+            _log.error("cannot remove what an import left: %s", error)
 
     async def _end_all(self, host: LoopHost | None) -> None:
         if self._patrol is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import tarfile
 from collections.abc import Callable
 from functools import partial
@@ -131,8 +132,9 @@ async def test_an_export_that_somebody_stirs_is_none(
     export = partial(export_home, host, user, archive, progress=on_progress)
     (ended,) = await asyncio.gather(in_thread(export), return_exceptions=True)
     if stirred == ["done"]:
-        assert isinstance(ended, StateError)
-        assert "ran or ended meanwhile" in str(ended)
+        # Perhaps it saw a file change under it before it looked at who ran.
+        assert isinstance(ended, StateError | ArchiveError)
+        assert re.search("ran or ended meanwhile|while it was read", str(ended))
     assert archive.exists() == (stirred == ["refused"])
 
 
