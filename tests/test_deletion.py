@@ -557,7 +557,11 @@ def _caught(canary: Path, top: Path, uid: int) -> None:
         with contextlib.suppress(OSError):
             fd = os.open(top / "x", os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                os.chown(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=fd), uid, uid)
+                file = os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=fd)
+                try:
+                    os.chown(file, uid, uid)
+                finally:
+                    os.close(file)
             finally:
                 os.close(fd)
         _naive_sweep(top, uid)

@@ -40,6 +40,12 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def lowest_free_descriptor() -> int:
+    descriptor = os.open("/dev/null", os.O_RDONLY)
+    os.close(descriptor)
+    return descriptor
+
+
 async def next_of(reader: EventReader, kind: str) -> Event:
     """The next event of this kind."""
 
@@ -206,7 +212,8 @@ async def test_without_descriptors_it_says_so_and_goes_on(
     monitor, groups = make(), [scope(1), scope(2)]
     before = descriptors()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before - 1, hard))
+    # The limit is on the number, not the count: none below the lowest that is free.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free_descriptor(), hard))
     try:
         with caplog.at_level(logging.WARNING, "pactown_runner.monitor"):
             monitor.add(user(1), "api", "1", groups[0], has_cpu_max=False)
