@@ -169,10 +169,13 @@ class Course:
     async def remember(self, limits: Limits) -> None:
         """Changed limits hold for later runs, and for a successor."""
         spec = self.run.spec
-        before = self._host.settings.default_limits if spec.limits is None else spec.limits
+        assert self.claim is not None
+        standings, before = self._host.standings, spec.limits
+        if before is None:
+            before = await self._host.in_thread(standings.default_limits, self.claim[0])
         given = {name: value for name, value in vars(limits).items() if value is not None}
         self.run = self.run._replace(spec=replace(spec, limits=replace(before, **given)))
-        if self.run.kind == "service" and self.claim is not None:
+        if self.run.kind == "service":
             await self._host.in_thread(self._host.registry.update_spec, *self.claim, self.run.spec.to_json())
 
     def wrong_state(self) -> StateError:

@@ -139,7 +139,7 @@ class Holdings:
             self._claim(registry, claiming, undo)
             self.cgroup = self._make_cgroup(patient=registry is host.registry)
             undo.callback(self.is_removed)
-            limits = host.settings.default_limits if spec.limits is None else spec.limits
+            limits = host.standings.default_limits(self.user.key, registry) if spec.limits is None else spec.limits
             self.limits = host.tree.limit(self.user.key, self.cgroup, limits)
             self.ooms_before = host.tree.tenant_oom(self.user.key)
             self.pump = self._make_pump()

@@ -19,6 +19,7 @@ from .monitor import Monitor
 from .notify import DescriptorStore
 from .owners import Owner
 from .registry import Registry
+from .standings import Standings
 from .trees import Tree
 from .users import Users
 
@@ -60,8 +61,14 @@ class Host:
     known: dict[str, IsolatedUser] = field(default_factory=dict)
     """Users by id, as last seen. That one still is what it was only a claim tells."""
 
+    standings: Standings = field(init=False)
+    """What the operator lets each tenant have."""
+
     unwritten: dict[Claim, float] = field(default_factory=dict)
     """Runs that have ended and whose output could not be written down, and when that was tried: the spool keeps it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "standings", Standings(self.settings, self.registry))
 
     def release(self, claim: Claim) -> None:
         """Give a run's name free, now or later; blocking. Nothing of the run is left."""

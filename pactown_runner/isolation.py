@@ -24,6 +24,7 @@ from .programs import tenant_environment
 from .registry import Registry
 from .scoped_popen import ScopedPopens
 from .specs import argv_of, check_command, check_service_id
+from .standings import Standings
 from .supervisor_users import UserStats
 from .trees import open_tree
 from .usage import UsageMeter, make_sandbox_directory
@@ -69,7 +70,7 @@ class UserIsolationManager:
             tree = open_tree(
                 cgroup_slice=settings.cgroup_slice,
                 state_id=self._registry.state_id,
-                tenant_limits=settings.tenant_limits,
+                tenant_limits=Standings(settings, self._registry).tenant_limits,
             )
         except TreeError as error:
             if settings.root_mode:

@@ -297,7 +297,7 @@ def job(
         stop.bound(scope, timeout),
         contextlib.ExitStack() as held,
     ):
-        host.tree.limit(user.key, scope, host.settings.default_limits)
+        host.tree.limit(user.key, scope, host.standings.default_limits(user.key))
         pipes = _Pipes(stdin=stdin, stdout=stdout)
         held.callback(pipes.close)
         spec = LaunchSpec(

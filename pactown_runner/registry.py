@@ -28,6 +28,7 @@ from .models import IsolatedUser
 
 __all__ = [
     "ClaimedError",
+    "HeldError",
     "Kind",
     "Quota",
     "Quotas",
@@ -113,8 +114,11 @@ _ONE_SANDBOX = _SANDBOXES + "WHERE key = ? AND service_id = ?"
 _CLAIM = (
     "INSERT INTO sandboxes SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8 "
     "WHERE EXISTS (SELECT 1 FROM users WHERE key = ?1 AND status = 'ready') "
-    "AND (substr(?2, 1, 1) = '_' OR NOT EXISTS (SELECT 1 FROM standings WHERE key = ?1 AND blocked))"
+    "AND (substr(?2, 1, 1) = '_' OR NOT EXISTS (SELECT 1 FROM standings WHERE key = ?1 AND blocked)) "
+    # While a user is held, see `archives.holding`, nothing starts for it but the hold's own job.
+    "AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE key = ?1 AND service_id = '_hold' AND '_job-' || run_id <> ?2)"
 )
+_HELD = "SELECT 1 FROM sandboxes WHERE key = ? AND service_id = '_hold'"
 _CLAIM_WITHOUT_TIER = _CLAIM.replace("AND blocked)", "AND (blocked OR tier IS NOT NULL))")
 _REGISTER = "INSERT OR REPLACE INTO services VALUES (?, ?, ?, ?)"
 # Only one at a time removes a user, and nothing else is alive of it then.
@@ -129,7 +133,8 @@ _ABSENT = (
 )
 _RESTART = (
     "UPDATE sandboxes SET run_id = ?, created_at = ? WHERE key = ? AND service_id = ? AND run_id = ? AND owner = ? "
-    "AND NOT EXISTS (SELECT 1 FROM standings WHERE standings.key = sandboxes.key AND blocked)"
+    "AND NOT EXISTS (SELECT 1 FROM standings WHERE standings.key = sandboxes.key AND blocked) "
+    "AND NOT EXISTS (SELECT 1 FROM sandboxes AS held WHERE held.key = sandboxes.key AND held.service_id = '_hold')"
 )
 _RELEASE = "DELETE FROM sandboxes WHERE key = ? AND service_id = ? AND run_id = ?"
 _TAKE_OVER = "UPDATE sandboxes SET owner = ? WHERE key = ? AND service_id = ? AND run_id = ? AND owner = ?"
@@ -290,6 +295,13 @@ class ClaimedError(AlreadyRunningError):
             f"service {row.service_id!r} of user {row.key} is running already{where}",
             remedy="stop it first, or choose another service id",
         )
+
+
+class HeldError(StateError):
+    """Nothing starts for this user while its home is exported or imported."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the home of user {key} is being exported or imported", remedy="try again when that is done")
 
 
 class Registry:
@@ -527,6 +539,7 @@ class Registry:
         if not self._try_insert(db, row, statement):
             if (found := db.execute(_STANDING, (row.key,)).fetchone()) and found[1]:
                 raise BlockedError(f"cannot start {row.service_id!r}: user {row.key} is blocked")
+            _check_not_held(db, row.key)
             raise NotFoundError(f"cannot start {row.service_id!r}: no user with key {row.key} is ready")
 
     def _try_insert(self, db: sqlite3.Connection, row: SandboxRow, statement: str) -> bool:
@@ -564,12 +577,14 @@ class Registry:
 
         Raises:
             BlockedError: the user is blocked.
+            HeldError: its home is being exported or imported.
         """
         with self._database as db:
             if db.execute(_RESTART, (run_id, created_at, *claim, owner)).rowcount == 1:
                 return True
             if (found := db.execute(_STANDING, claim[:1]).fetchone()) and found[1]:
                 raise BlockedError(f"cannot start {claim[1]!r} again: user {claim[0]} is blocked")
+            _check_not_held(db, claim[0])
         return False
 
     # Standings ---
@@ -634,6 +649,11 @@ def _quota_of(db: sqlite3.Connection, row: SandboxRow, quota: Quota | Quotas | N
             )
         quota = quota.general if tier is None else quota.of_tiers[tier]
     return None if quota is None or quota == _BOUNDLESS else quota
+
+
+def _check_not_held(db: sqlite3.Connection, key: str) -> None:
+    if db.execute(_HELD, (key,)).fetchone() is not None:
+        raise HeldError(key)
 
 
 def _check_host(db: sqlite3.Connection, row: SandboxRow, most: int) -> None:

@@ -235,6 +235,21 @@ class Sandbox:
         """
         await self._refrigerate(State.RUNNING, lambda cgroup: cgroup.thaw(FREEZE_TIMEOUT))
 
+    async def signal(self, number: int) -> int:
+        """Send a signal to each of its processes; one that is frozen acts on it once it is thawed.
+
+        Returns:
+            How many got it. Those that SIGKILL ends are not counted.
+
+        Raises:
+            StateError: it does not run, or forks faster than it can be signalled.
+        """
+        self._must_live()
+        try:
+            return await self._holdings.on_cgroup(lambda cgroup: cgroup.signal(number))
+        except CgroupError as error:
+            raise StateError(error.message, remedy=error.remedy) from error
+
     async def set_limits(self, limits: Limits) -> None:
         """Change limits while it runs. None fields stay as they are; all of them are changed, or none.
 

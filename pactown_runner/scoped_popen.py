@@ -59,7 +59,7 @@ class ScopedPopens:
         """Start a program with pipes for its standard output and error.
 
         Args:
-            limited: whether the settings' `default_limits` hold for it.
+            limited: whether the `default_limits` of its tier, or of the settings, hold for it.
 
         Raises:
             StartError: it was not executed; nothing of it is left.
@@ -76,7 +76,7 @@ class ScopedPopens:
             undo.callback(scope.close)
             undo.callback(_end, host, claim, scope)
             if limited:
-                host.tree.limit(user.key, scope, host.settings.default_limits)
+                host.tree.limit(user.key, scope, host.standings.default_limits(user.key))
             popen, _ = launch_popen(spec, scope.fd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             pidfd = os.pidfd_open(popen.pid)
             undo.pop_all()

@@ -227,7 +227,8 @@ class SandboxSpec:
             the tenant.
         env: added to PATH, HOME, USER, LOGNAME, SHELL and LANG. Nothing of the caller's environment is passed on.
         cwd: a directory relative to `sandboxes/<service_id>`, or absolute; entered as the tenant.
-        limits: enforced by the kernel, or the start fails. None takes the settings' `default_limits`.
+        limits: enforced by the kernel, or the start fails. None takes the `default_limits` of the user's tier, or of
+            the settings.
         timeout: seconds of wall time of one run, after which everything in the sandbox is killed.
         stdin: give the program a pipe to be fed through `Sandbox.send`; else its standard input is `/dev/null`.
         stop_grace: seconds between SIGTERM and SIGKILL. None takes the settings' `stop_grace`.

@@ -44,14 +44,23 @@ class Standings:
         self._settings = settings
         self._registry = registry
         self._tiers = {tier.name: tier for tier in settings.tiers}
+        # Otherwise no start needs to ask.
+        self._limiting = any(tier.default_limits is not None for tier in settings.tiers)
 
     def of(self, key: str) -> Standing:
         """The standing of the user with this key."""
         return self._registry.standing(key)
 
-    def default_limits(self, key: str) -> Limits:
-        """The limits of a sandbox of this user whose spec gives none."""
-        tier = self._tier(self.of(key))
+    def default_limits(self, key: str, registry: Registry | None = None) -> Limits:
+        """The limits of a sandbox of this user whose spec gives none.
+
+        Args:
+            key: the user's.
+            registry: another connection to the registry, of a caller that must not wait for the disk.
+        """
+        if not self._limiting:
+            return self._settings.default_limits
+        tier = self._tier((registry or self._registry).standing(key))
         return self._settings.default_limits if tier is None or tier.default_limits is None else tier.default_limits
 
     def tenant_limits(self, key: str) -> Limits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import threading
@@ -40,6 +41,7 @@ from .recovery import Found, claim_left_behind, end_left_behind, end_unfinished,
 from .registry import Kind, Registry
 from .sandbox import Sandbox, stats_of_all
 from .specs import SandboxSpec, check_service_id
+from .standings import Standings
 from .supervisor_users import Placed, SupervisorUsers
 from .tenant_threads import TenantThreads
 from .trees import open_tree
@@ -111,7 +113,7 @@ class Supervisor:
                 threads = TenantThreads()
                 self._held.callback(threads.close)
                 self._files = SandboxFiles(host, threads)
-                self.users.place(Placed(host, threads, self._stop_all))
+                self.users.place(Placed(host, threads, self._stop_all, self._hold_all))
                 await self._take_over(host)
                 await sweep(host)
                 self._removals = threading.Thread(target=self._clean_up, args=(host,), name="pactown-removals")
@@ -145,7 +147,7 @@ class Supervisor:
                 tree = open_tree(
                     cgroup_slice=settings.cgroup_slice,
                     state_id=registry.state_id,
-                    tenant_limits=settings.tenant_limits,
+                    tenant_limits=Standings(settings, registry).tenant_limits,
                 )
             except TreeError as error:
                 if settings.root_mode:
@@ -355,6 +357,14 @@ class Supervisor:
         async with anyio.create_task_group() as stopping:
             for sandbox in self.list(user_id):
                 stopping.start_soon(_quietly, sandbox, sandbox.stop)
+
+    async def _hold_all(self, user_id: str, still: bool) -> None:
+        """Freeze all that runs of a user, and what is just being started when it does; or thaw it."""
+        for sandbox in self.list(user_id):
+            # One that has ended, or never began, does not run on either.
+            with contextlib.suppress(RunnerError):
+                await sandbox.started()
+                await (sandbox.freeze() if still else sandbox.thaw())
 
     @asynccontextmanager
     async def _begin(self, spec: SandboxSpec, kind: Kind) -> AsyncGenerator[Sandbox, None]:

@@ -10,12 +10,15 @@ from typing import Any
 
 from anyio import to_thread
 
-from .archives import Exported, Imported, While, export_home, import_home
+from cgroups import CgroupError
+
+from .archives import Exported, Imported, While, export_home, export_stream, import_home, import_stream
 from .deletion import delete_user
-from .errors import NotFoundError, RunnerError
+from .errors import NotFoundError, RunnerError, StateError
 from .homes import OnProgress
 from .host import LoopHost
 from .models import IsolatedUser
+from .registry import Standing
 from .tenant_threads import TenantThreads
 from .usage import Usage, UsageMeter
 from .users import Users
@@ -70,11 +73,13 @@ class Placed:
         host: what is shared.
         threads: for what takes long.
         stop_all: stops all sandboxes of a user that run here.
+        hold_all: freezes them, or thaws them.
     """
 
     host: LoopHost
     threads: TenantThreads
     stop_all: Callable[[str], Awaitable[None]]
+    hold_all: Callable[[str, bool], Awaitable[None]]
 
 
 class SupervisorUsers:
@@ -168,6 +173,56 @@ class SupervisorUsers:
             user_id,
             lambda stop: import_home(here.host, user, archive, made_for=made_for, progress=on_progress, stop=stop),
         )
+
+    async def export_stream(self, user_id: str, output: int) -> Exported:
+        """As `export`, into a descriptor: a pipe or a socket. What was written is an archive only if this returns.
+
+        Raises:
+            OSError: it cannot be written to.
+        """
+        here, user = self._placed(), await self._known(user_id)
+        return await here.threads.run(user_id, lambda stop: export_stream(here.host, user, output, stop=stop))
+
+    async def import_stream(self, user_id: str, source: int, *, made_for: str | None = None) -> Imported:
+        """As `import_`, from a descriptor that is read to its end.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        here, user = self._placed(), await self.get_or_create(user_id)
+        return await here.threads.run(
+            user_id, lambda stop: import_stream(here.host, user, source, made_for=made_for, stop=stop)
+        )
+
+    async def standing(self, user_id: str) -> Standing:
+        """What the operator lets a user have.
+
+        Raises:
+            NotFoundError: there is no such user.
+        """
+        here, user = self._placed(), await self._known(user_id)
+        return await to_thread.run_sync(here.host.standings.of, user.key)
+
+    async def set_standing(self, user_id: str, standing: Standing) -> None:
+        """Let a user have this. One who is blocked stands still, with all that runs of it, and starts nothing.
+
+        One who is blocked no more is thawed, whoever froze it.
+
+        Raises:
+            NotFoundError: there is no such user.
+            SpecError: there is no such tier.
+            LimitsError: the tier's limits cannot be enforced here; the standing is what it was.
+            StateError: something did not stand still, or go on. The call may be repeated.
+        """
+        here, user = self._placed(), await self._known(user_id)
+        host = here.host
+        before = await self.standing(user_id)
+        try:
+            await to_thread.run_sync(host.standings.change, host.tree, user.key, standing)
+        except CgroupError as error:
+            raise StateError(error.message, remedy=error.remedy) from error
+        if standing.blocked or before.blocked:
+            await here.hold_all(user_id, standing.blocked)
 
     async def delete(self, user_id: str, *, delete_home: bool = True, delete_logs: bool = True) -> IsolatedUser:
         """Stop all of a user's sandboxes, and delete the user with all that carries its uid on this host.

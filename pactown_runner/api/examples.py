@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["EVENTS", "EXECUTED", "RECORDS", "SANDBOX", "SANDBOXES", "STATS", "USER", "USERS", "USER_STATS"]
+__all__ = [
+    "EVENTS",
+    "EXECUTED",
+    "RECORDS",
+    "SANDBOX",
+    "SANDBOXES",
+    "STATS",
+    "TIER",
+    "TIERS",
+    "USER",
+    "USERS",
+    "USER_STATS",
+]
 
 USER: dict[str, Any] = {
     "saas_user_id": "auth0|123456",
@@ -13,6 +25,19 @@ USER: dict[str, Any] = {
     "linux_gid": 60001,
     "home_dir": "/home/pactown_users/pactown_a1b2c3d4",
     "created_at": 1705410000.0,
+}
+TIER: dict[str, Any] = {"user_id": "auth0|123456", "tier": "pro", "blocked": False}
+TIERS: dict[str, Any] = {
+    "tiers": [
+        {
+            "name": "pro",
+            "default_limits": None,
+            "tenant_limits": {"memory_max": 4294967296, "cpu_max": 2.0, "pids_max": 1024},
+            "max_sandboxes": 20,
+            "starts_per_hour": 500,
+        }
+    ],
+    "count": 1,
 }
 USERS: dict[str, Any] = {"users": [USER], "count": 1}
 USER_STATS: dict[str, Any] = {

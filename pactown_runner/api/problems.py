@@ -20,6 +20,7 @@ from ..errors import (
     AccountError,
     AdmissionError,
     AlreadyRunningError,
+    BlockedError,
     ConfigError,
     LauncherError,
     NotFoundError,
@@ -43,6 +44,7 @@ _STATUS: dict[type[RunnerError], int] = {
     # What this host is like, or has been made into, stands in the way; the same request may be right later.
     AccountError: 409,
     TreeError: 409,
+    BlockedError: 403,
     AdmissionError: 429,
     ConfigError: 500,
     LauncherError: 500,

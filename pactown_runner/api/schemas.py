@@ -42,13 +42,17 @@ __all__ = [
     "SandboxView",
     "SandboxesPage",
     "ServiceId",
+    "SignalIn",
+    "SignalOut",
     "TierIn",
     "TierOut",
     "TierView",
     "TiersOut",
     "TransferOut",
     "User",
+    "UserDetail",
     "UserId",
+    "UserName",
     "UserStatsOut",
     "UsersPage",
 ]
@@ -143,7 +147,7 @@ class UserDetail(BaseModel):
     size_bytes: int = Field(description="What the home takes on the disk; the tenant's word.")
     entries: int = Field(description="Files, folders, links and all else in it; the tenant's word.")
     running: int = Field(description="Sandboxes that are alive under this server.")
-    tier: str | None
+    tier: str | None = Field(None, description="Absent for none.")
     blocked: bool
 
 
@@ -377,6 +381,20 @@ class SandboxesPage(BaseModel):
     sandboxes: list[SandboxView]
     count: int = Field(description="How many these are.")
     next: str | None = Field(None, description="Where the next page begins; null in the last one.")
+
+
+class SignalIn(In):
+    """A signal for every process of a sandbox."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"signal": "SIGHUP"}]})
+
+    signal: Text | Annotated[StrictInt, Field(ge=1, le=64)] = Field(description="Its name, or its number.")
+
+
+class SignalOut(BaseModel):
+    """What came of a signal."""
+
+    signalled: int = Field(description="Processes that got it; 0 for SIGKILL, which is not counted.")
 
 
 class ExecIn(In):

@@ -16,13 +16,17 @@ from ..config import Settings
 from . import examples, problems, sse
 from .access import Access
 from .guarding import GuardedRoute
-from .routes import executions, files, health, sandboxes, streams, users
+from .routes import executions, files, health, homes, sandboxes, streams, tiers, users
 from .schemas import (
     Deleted,
     ExecOut,
     Health,
+    ImportOut,
     SandboxesPage,
     SandboxView,
+    SignalOut,
+    TierOut,
+    TiersOut,
     TransferOut,
     User,
     UsersPage,
@@ -32,7 +36,7 @@ from .schemas import (
 __all__ = ["ROWS", "Row", "add_routes"]
 
 READ, ADMIN = Access("read"), Access("admin")
-WHOLE_HOST = Access("read", whole_host=True)
+OPERATOR = Access("admin", whole_host=True)
 
 Body = Literal["json", "file", "archive"]
 """How large a request's body may be: as the settings `api_body_bytes`, `api_file_bytes`, `archive_max_bytes` say."""
@@ -77,7 +81,7 @@ class Row:
     @property
     def name(self) -> str:
         """Tells it from all others."""
-        return f"{self.tag}-{self.handler.__name__}".replace("_", "-")
+        return f"{self.tag}-{self.handler.__name__.rstrip('_')}".replace("_", "-")
 
 
 def _users(method: str, path: str, handler: Callable[..., Any], summary: str, **more: Any) -> Row:
@@ -108,6 +112,44 @@ ROWS: tuple[Row, ...] = (
         model=Deleted,
         example={"success": True, "user_id": "auth0|123456"},
     ),
+    _users(
+        "POST",
+        _USER + "/export",
+        homes.export,
+        "Export a home",
+        access=ADMIN,
+        media_type=homes.MEDIA_TYPE,
+    ),
+    _users(
+        "POST",
+        _USER + "/import",
+        homes.import_,
+        "Import a home",
+        access=ADMIN,
+        model=ImportOut,
+        example={"entries": 7, "files": 3, "bytes": 1234},
+        body="archive",
+        raw_body=homes.MEDIA_TYPE,
+    ),
+    _users("GET", _USER + "/tier", tiers.show, "Show a user's tier", model=TierOut, example=examples.TIER),
+    _users(
+        "PUT",
+        _USER + "/tier",
+        tiers.assign,
+        "Give a user a tier",
+        access=OPERATOR,
+        model=TierOut,
+        example=examples.TIER,
+    ),
+    Row(
+        method="GET",
+        path="/runner/tiers",
+        handler=tiers.list_tiers,
+        summary="List tiers",
+        tag="tiers",
+        model=TiersOut,
+        example=examples.TIERS,
+    ),
     _sandboxes(
         "GET",
         "/runner/sandboxes",
@@ -131,6 +173,15 @@ ROWS: tuple[Row, ...] = (
     _acts("/freeze", sandboxes.freeze, "Freeze"),
     _acts("/thaw", sandboxes.thaw, "Thaw"),
     _acts("/restart", sandboxes.restart, "Restart"),
+    _sandboxes(
+        "POST",
+        _SANDBOX + "/signal",
+        executions.send_signal,
+        "Send a signal",
+        access=ADMIN,
+        model=SignalOut,
+        example={"signalled": 3},
+    ),
     _sandboxes(
         "POST",
         _SANDBOX + "/exec",

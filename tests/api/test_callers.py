@@ -65,7 +65,9 @@ async def state(api: Api) -> Any:
         for path in api.settings.users_base.glob("pactown_*/**/*")
     }
     with supervisor._host.registry._database as db:  # type: ignore[union-attr]
-        rows = [db.execute(f"SELECT * FROM {table}").fetchall() for table in ("users", "services", "starts")]
+        rows = [
+            db.execute(f"SELECT * FROM {table}").fetchall() for table in ("users", "services", "starts", "standings")
+        ]
     return users, alive, files, rows
 
 

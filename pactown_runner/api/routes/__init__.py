@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import executions, files, health, sandboxes, streams, users
+from . import executions, files, health, homes, sandboxes, streams, tiers, users
 
-__all__ = ["executions", "files", "health", "sandboxes", "streams", "users"]
+__all__ = ["executions", "files", "health", "homes", "sandboxes", "streams", "tiers", "users"]

@@ -1,17 +1,19 @@
-"""Further programs in sandboxes that run."""
+"""Further programs in sandboxes that run, and signals."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import signal
 
 from fastapi import Request
 
+from ...errors import SpecError
 from ...outcomes import ExitStatus
-from ..schemas import ExecIn, ExecOut, ServiceId, UserId
+from ..schemas import ExecIn, ExecOut, ServiceId, SignalIn, SignalOut, UserId
 from ..server import server_of, while_connected
 
-__all__ = ["execute"]
+__all__ = ["execute", "send_signal"]
 
 
 async def execute(request: Request, user_id: UserId, service_id: ServiceId, body: ExecIn) -> ExecOut:
@@ -59,3 +61,17 @@ def _text(raw: bytes) -> tuple[str, str | None]:
         return raw.decode(), None
     except UnicodeDecodeError:
         return raw.decode("utf-8", "replace"), base64.b64encode(raw).decode()
+
+
+async def send_signal(request: Request, user_id: UserId, service_id: ServiceId, body: SignalIn) -> SignalOut:
+    """Send a signal to every process of it. One that is frozen acts on it once it is thawed."""
+    supervisor = server_of(request).supervisor
+    sandbox = supervisor.get(user_id, service_id)
+    return SignalOut(signalled=await sandbox.signal(_number(body.signal)))
+
+
+def _number(given: str | int) -> int:
+    try:
+        return int(signal.Signals[given] if isinstance(given, str) else signal.Signals(given))
+    except (KeyError, ValueError):
+        raise SpecError(f"there is no signal {given!r}", remedy="write SIGHUP, or a number") from None

@@ -8,6 +8,7 @@ from fastapi import Query, Request
 
 from cgroups import Stats
 
+from ...errors import BlockedError
 from ...sandbox import Sandbox
 from ..schemas import After, Grace, LimitsIn, PageLimit, SandboxesPage, SandboxIn, SandboxView, ServiceId, UserId
 from ..server import caller_of, server_of, while_connected
@@ -92,6 +93,7 @@ async def freeze(request: Request, user_id: UserId, service_id: ServiceId) -> Sa
 async def thaw(request: Request, user_id: UserId, service_id: ServiceId) -> SandboxView:
     """Let it run again."""
     sandbox = _live(request, user_id, service_id)
+    await _refuse_blocked(request, user_id)
     await sandbox.thaw()
     return SandboxView.of(sandbox)
 
@@ -99,6 +101,7 @@ async def thaw(request: Request, user_id: UserId, service_id: ServiceId) -> Sand
 async def restart(request: Request, user_id: UserId, service_id: ServiceId, grace: Grace = None) -> SandboxView:
     """End its program as a stop does, and start it again, also if it is `crash-looping`."""
     sandbox = _live(request, user_id, service_id)
+    await _refuse_blocked(request, user_id)
     await sandbox.restart(grace)
     return SandboxView.of(sandbox)
 
@@ -117,6 +120,11 @@ async def stats(request: Request, user_id: UserId, service_id: ServiceId) -> Sta
 
 def _live(request: Request, user_id: str, service_id: str) -> Sandbox:
     return server_of(request).supervisor.get(user_id, service_id)
+
+
+async def _refuse_blocked(request: Request, user_id: str) -> None:
+    if (await server_of(request).supervisor.users.standing(user_id)).blocked:
+        raise BlockedError("this user is blocked: what there is of it stands still")
 
 
 def _place(sandbox: Sandbox) -> tuple[str, str]:

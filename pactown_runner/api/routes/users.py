@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import Request
+from typing import Annotated
+
+from fastapi import Query, Request
 
 from ...models import IsolatedUser
 from ..problems import ProblemError
-from ..schemas import After, Deleted, PageLimit, User, UserId, UserName, UsersPage, UserStatsOut
+from ..schemas import After, Deleted, PageLimit, User, UserDetail, UserId, UserName, UsersPage, UserStatsOut
 from ..server import caller_of, server_of
 
 __all__ = ["create", "delete", "get_or_create", "known_user", "list_users", "stats"]
@@ -34,10 +36,26 @@ async def create(request: Request, user_id: UserId) -> User:
     return User.of(await server_of(request).supervisor.users.get_or_create(user_id))
 
 
-async def stats(request: Request, user_id: UserId) -> UserStatsOut:
+async def stats(
+    request: Request,
+    user_id: UserId,
+    detail: Annotated[bool, Query(description="Tell more than the totals.")] = False,
+) -> UserStatsOut:
     """What a user has. The home is counted anew, as the user, which may take seconds."""
-    found = (await server_of(request).supervisor.users.stats(user_id)).to_dict()
-    return UserStatsOut(**found | {"user": UserName(**found["user"])})
+    supervisor = server_of(request).supervisor
+    found = await supervisor.users.stats(user_id)
+    totals = found.to_dict()
+    out = UserStatsOut(**totals | {"user": UserName(**totals["user"])})
+    if detail:
+        standing = await supervisor.users.standing(user_id)
+        out.detail = UserDetail(
+            size_bytes=found.usage.bytes,
+            entries=found.usage.entries,
+            running=len(supervisor.list(user_id)),
+            tier=standing.tier,
+            blocked=standing.blocked,
+        )
+    return out
 
 
 async def delete(request: Request, user_id: UserId, delete_home: bool = True, delete_logs: bool = True) -> Deleted:
