@@ -340,6 +340,19 @@ def _parse(name: str, value: Any, *, source: str) -> Any:
         raise ConfigError(f"{source}: {name} cannot be {value!r}: {error}") from error
 
 
+def _whole(value: Any) -> int:
+    # `int` would cut 2.5, and take true for 1.
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError("it must be a whole number")
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError("it must be a number")
+    return float(value)
+
+
 def _parse_ranges(value: Any) -> tuple[tuple[int, int], ...]:
     pairs = [pair.split("-") for pair in value.split(",")] if isinstance(value, str) else value
     return tuple((int(first), int(last)) for first, last in pairs)
@@ -360,10 +373,10 @@ def _parse_limits(value: Any) -> Limits:
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys((*_PATHS, "venv_python"), Path),
-    **dict.fromkeys(_WHOLE_NUMBERS, int),
+    **dict.fromkeys(_WHOLE_NUMBERS, _whole),
     **dict.fromkeys((*_SIZES, "tenant_disk_max"), parse_bytes),
-    "tenant_inodes_max": lambda value: value if value == MAX else int(value),
-    **dict.fromkeys(("stop_grace", "starts_per_minute", *_INTERVALS, *_SHARES), float),
+    "tenant_inodes_max": lambda value: value if value == MAX else _whole(value),
+    **dict.fromkeys(("stop_grace", "starts_per_minute", *_INTERVALS, *_SHARES), _number),
     **dict.fromkeys(("default_limits", "tenant_limits"), _parse_limits),
     **dict.fromkeys(("api_hosts", "api_origins"), _parse_names),
     "tokens": lambda value: parse_tokens(_table(value)),
