@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import threading
@@ -361,10 +360,13 @@ class Supervisor:
     async def _hold_all(self, user_id: str, still: bool) -> None:
         """Freeze all that runs of a user, and what is just being started when it does; or thaw it."""
         for sandbox in self.list(user_id):
-            # One that has ended, or never began, does not run on either.
-            with contextlib.suppress(RunnerError):
+            try:
                 await sandbox.started()
                 await (sandbox.freeze() if still else sandbox.thaw())
+            except RunnerError:
+                # One that has ended, or never began, does not run on either.
+                if sandbox.state in (State.RUNNING, State.FROZEN):
+                    raise
 
     @asynccontextmanager
     async def _begin(self, spec: SandboxSpec, kind: Kind) -> AsyncGenerator[Sandbox, None]:
