@@ -31,6 +31,11 @@ class EventBus:
         # alone, and that task by nothing but what it waits for: so that is held here.
         self._readers: WeakKeyDictionary[EventReader, asyncio.Event] = WeakKeyDictionary()
 
+    @property
+    def closed(self) -> bool:
+        """Whether there are no more events."""
+        return self._closed
+
     def tell(
         self, kind: EventKind, user_id: str, service_id: str | None = None, run_id: str | None = None, **details: Any
     ) -> None:

@@ -91,6 +91,7 @@ class Supervisor:
         self._store = store or DescriptorStore()
         self._host: LoopHost | None = None
         self._files: SandboxFiles | None = None
+        self._events = EventBus(settings.event_buffer)
         self._refusal: RunnerError = StateError("the supervisor is not running", remedy="use it within `async with`")
         self._held = ExitStack()
         self._sandboxes: dict[tuple[str, str], Sandbox] = {}
@@ -104,6 +105,8 @@ class Supervisor:
     async def __aenter__(self) -> Self:
         if self._host is not None:
             raise StateError("the supervisor is running already")
+        if self._events.closed:
+            self._events = EventBus(self.settings.event_buffer)
         hub = LogHub()
         self._held.callback(hub.close)
         try:
@@ -164,7 +167,6 @@ class Supervisor:
         raise_descriptor_limit()
         admission = Admission(settings)
         registry.index_for(admission.quota)
-        events = EventBus(settings.event_buffer)
         return LoopHost(
             settings=settings,
             registry=registry,
@@ -175,8 +177,8 @@ class Supervisor:
             log_tenants=LogTenants(settings),
             threads=threads,
             quick=quick,
-            events=events,
-            monitor=Monitor(tree, events, settings, threads),
+            events=self._events,
+            monitor=Monitor(tree, self._events, settings, threads),
             admission=admission,
             work=work,
             store=self._store,
@@ -196,8 +198,8 @@ class Supervisor:
             except asyncio.CancelledError as error:
                 cancelled = error
         self._held.close()
+        self._events.close()
         if host is not None:
-            host.events.close()
             # With the tenants' processes their tracers have ended.
             reap_late(host.unreaped)
         if cancelled is not None:
@@ -237,15 +239,16 @@ class Supervisor:
     def events(self) -> EventReader:
         """What happens to users and sandboxes from now on; `async for` reads it, until the supervisor ends.
 
+        A reader that is there before the supervisor is entered also hears of what is adopted and brought back then.
         Any number of readers may read. One that is slow is told by an event of the kind `missed` how many it did not
         get; it holds up nobody.
 
         Raises:
-            StateError: the supervisor is not running.
+            TreeError: there is no place for sandboxes here.
         """
-        if self._host is None:
+        if isinstance(self._refusal, TreeError):
             raise self._refusal
-        return self._host.events.read()
+        return self._events.read()
 
     @property
     def files(self) -> SandboxFiles:

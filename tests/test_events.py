@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pactown_runner import RestartPolicy, Settings, Supervisor
 from pactown_runner.events import EventBus, EventReader
 from pactown_runner.models import Event
-from tests.supervising import soon
+from tests.supervising import USER, soon, spec
 
 
 def tell(bus: EventBus, *numbers: int) -> None:
@@ -267,3 +268,27 @@ async def test_a_task_that_waits_is_not_forgotten_though_nobody_holds_it() -> No
     assert heard == [1, 2]
     bus.close()
     await settled()
+
+
+# ---- A supervisor's
+
+
+@pytest.mark.host
+async def test_a_reader_may_be_there_before_the_supervisor(settings: Settings) -> None:
+    supervisor = Supervisor(settings=settings)
+    reader = supervisor.events()
+    async with supervisor:
+        await supervisor.start(spec("exec sleep 1000", restart=RestartPolicy("always")))
+    assert [event.kind async for event in reader][:2] == ["started", "ready"]
+    assert await soon(rest(supervisor.events())) == []
+    # What comes back is heard of too.
+    successor = Supervisor(settings=settings)
+    reader = successor.events()
+    async with successor:
+        await soon(successor.get(USER, "api").stop(grace=0))
+    assert [event.kind async for event in reader] == ["started", "ready", "stopped"]
+    # Each life of a supervisor has events of its own.
+    async with supervisor:
+        reader = supervisor.events()
+        await supervisor.users.get_or_create("another")
+    assert [event.kind async for event in reader] == ["created"]
