@@ -27,15 +27,19 @@ from .models import Outcome, Reason
 from .outcomes import outcome_of
 from .ports import check_ports
 from .program import Program
+from .registry import HeldError
 from .venv_layout import Venv, venv_of
 from .venvs import ensure_venv
 
-__all__ = ["Attempt", "LeftError", "Listener"]
+__all__ = ["HELD_PAUSE", "Attempt", "LeftError", "Listener"]
 
 _log = logging.getLogger(__name__)
 
 PRESSURE_AFTER = 2.0
 """Seconds that a run must have lasted for its `Outcome` to tell of pressure: the kernel's own sampling period."""
+
+HELD_PAUSE = 0.25
+"""Seconds between two looks at whether a tenant is still held: by another process, perhaps, which tells nobody."""
 
 
 class Listener(Protocol):
@@ -141,9 +145,27 @@ class Attempt:
     async def _take(self, claiming: Claiming | None) -> Holdings:
         if claiming is None:
             self.held = await Holdings.take_over(self._host, self.run, self._feed)
-        else:
-            self.held = await Holdings.take(self._host, self.run, claiming, self._feed)
-        return self.held
+            return self.held
+        while True:
+            try:
+                self.held = await Holdings.take(self._host, self.run, claiming, self._feed)
+            except HeldError as error:
+                # Whoever brings services back comes again.
+                if claiming == "return":
+                    raise
+                await self._wait_held(error)
+            else:
+                return self.held
+
+    async def _wait_held(self, error: HeldError) -> None:
+        """Wait for a while, before the next look at whether the tenant is still held."""
+        with self._making:
+            await anyio.sleep(HELD_PAUSE)
+        if self._making.cancel_called:
+            raise StartError(f"it was stopped while it waited: {error.message}", step="claim") from error
+        self._making = anyio.CancelScope()  # of which each is good for one use
+        # Its time is the program's.
+        self._began = time.monotonic()
 
     async def _launch(self, held: Holdings) -> None:
         venv = self._venv(held)
@@ -170,7 +192,7 @@ class Attempt:
         self._began = time.monotonic()
 
     def stop_making(self) -> None:
-        """Do not make the environment that it lacks: it is not to run. It may take minutes."""
+        """Wait neither for the end of a hold nor for an environment that it lacks: it is not to run."""
         self._making.cancel()
 
     def _write_down(self, held: Holdings) -> None:

@@ -18,7 +18,7 @@ from typing import Literal
 
 from cgroups import CgroupError, Limits
 
-from .attempt import Attempt, LeftError
+from .attempt import HELD_PAUSE, Attempt, LeftError
 from .errors import RunnerError, SpecError, StartError, StateError
 from .holdings import Claiming, Holdings, Run
 from .host import Claim, LoopHost
@@ -26,6 +26,7 @@ from .lifecycle import Action, Life, Trigger, Wish
 from .logs import LogFeed
 from .models import EventKind, Outcome, State
 from .outcomes import failed_to_start
+from .registry import HeldError
 
 __all__ = ["Beginning", "Course"]
 
@@ -273,6 +274,9 @@ class Course:
         except (LeftError, TakenError):
             raise
         except Exception as error:
+            if isinstance(error, HeldError) and not first:
+                self._life, action = self._life.held(time.monotonic() + HELD_PAUSE)
+                return action
             failure = self._understood(error)
             if not await self._survives(failure, first=first):
                 raise failure from None
@@ -306,12 +310,13 @@ class Course:
         return "register" if self._registered else "claim"
 
     async def _claim_again(self) -> Claiming:
-        """Make the claim the next run's."""
+        """Make the claim the next run's. Raises `HeldError`, and nothing has changed, while the tenant is held."""
         assert self.claim is not None
-        self.run = run = self.run._replace(run_id=secrets.token_hex(8), started_at=time.time())
+        run = self.run._replace(run_id=secrets.token_hex(8), started_at=time.time())
         registry, owner = self._host.registry, self._host.owner.owner_id
         if not await self._host.in_thread(registry.restart, self.claim, owner, run.run_id, run.started_at):
             raise TakenError(f"{self} belongs to another supervisor by now")
+        self.run = run
         self.claim = (*self.claim[:2], run.run_id)
         self.runs.append(run.run_id)
         self.restarts += 1

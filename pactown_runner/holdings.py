@@ -70,7 +70,7 @@ class Holdings:
         pump: the log.
         limits: each control file that was asked for, and what the kernel answers when it is read.
         main: the first process, as a predecessor wrote it down.
-        frozen: whether it was taken over frozen.
+        frozen: whether it was taken over frozen, other than by a hold on its tenant.
         ooms_before: how often the tenant had run into its own limit before.
     """
 
@@ -175,18 +175,27 @@ class Holdings:
         user = host.users.get(run.spec.user_id)
         if user is None:
             raise StateError(f"{run.spec.service_id!r} runs for a user who is not registered")
+        # Others may have been allowed more, or settings were changed meanwhile.
+        host.users.hold_to_quotas(user)
         held = cls(host, run, user, feed)
         held.ooms_before = host.tree.tenant_oom(user.key)
         with host.tree.open_scope(slice_name(user.key), f"{run.spec.service_id}.scope") as cgroup:
             held.main = Main.read(cgroup)
             held.limits = dict(held.main.isolation.limits) if held.main else {}
-            held.frozen = cgroup.frozen()
+            held.frozen = held._stays_frozen(cgroup)
             held.pump = held._make_pump()
             held.pump.adopt()
             # Whoever began it may have had no store, or a full one.
             host.store.keep(run.run_id, *held.pump.fds)
             held.cgroup = cgroup.dup()
         return held
+
+    def _stays_frozen(self, cgroup: Cgroup) -> bool:
+        """Whether it is frozen, and not only for as long as its tenant is held."""
+        if not cgroup.frozen() or self._run.spec.service_id in self._host.registry.held_still(self.user.key):
+            return False
+        # The hold may have ended between these two looks.
+        return cgroup.frozen()
 
     @property
     def place(self) -> str:

@@ -37,6 +37,8 @@ class Trigger(enum.StrEnum):
     GIVE_UP = "give-up"
     AGAIN = "again"
     """These four: nothing of the run is left. Which one it is `Life.emptied` decides."""
+    HELD = "held"
+    """It is not to be started for now: nothing of a run has begun, or nothing is left of it."""
     DUE = "due"
 
 
@@ -74,6 +76,8 @@ TABLE: dict[tuple[State, Trigger], tuple[State, Action | None]] = {
     (State.STOPPING, Trigger.RETRY): (State.BACKING_OFF, Action.PAUSE),
     (State.STOPPING, Trigger.GIVE_UP): (State.CRASH_LOOPING, None),
     (State.STOPPING, Trigger.AGAIN): (State.STARTING, Action.LAUNCH),
+    (State.STARTING, Trigger.HELD): (State.BACKING_OFF, Action.PAUSE),
+    (State.STOPPING, Trigger.HELD): (State.BACKING_OFF, Action.PAUSE),
     (State.BACKING_OFF, Trigger.DUE): (State.STARTING, Action.LAUNCH),
     (State.BACKING_OFF, Trigger.RESTART): (State.STARTING, Action.LAUNCH),
     (State.BACKING_OFF, Trigger.STOP): (State.ENDED, Action.RELEASE),
@@ -113,6 +117,11 @@ class Life:
     def wishing(self, wish: Wish) -> Life:
         """It is to end for good, or to be started again. Who wants it to end has the last word."""
         return self if self.wish == "down" else replace(self, wish=wish)
+
+    def held(self, due: float) -> tuple[Life, Action | None]:
+        """Its tenant is held, so that nothing starts: it is tried again when `due`, and that counts as no failure."""
+        life, action = self.after(Trigger.HELD)
+        return replace(life, due=due), action
 
     def emptied(self, policy: RestartPolicy, outcome: Outcome, now: float, chance: float) -> tuple[Life, Action | None]:
         """Nothing of a run is left: decide what comes then.

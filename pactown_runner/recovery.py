@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from cgroups import CgroupError, GoneError
 
-from .archives import HOLD, thaw_held
-from .errors import AlreadyRunningError, NotFoundError, RunnerError
+from .archives import thaw_held
+from .errors import AlreadyRunningError, BlockedError, NotFoundError, RunnerError
 from .host import Claim, LoopHost
 from .logs import LogError, LogPaths, LogPump, fifo_runs
-from .registry import SandboxRow
+from .registry import HOLD, HeldError, SandboxRow
 from .trees import Scope, slice_name
 
 __all__ = [
@@ -59,7 +59,7 @@ class Found:
 
 
 def claim_left_behind(host: LoopHost, *, services: bool) -> list[Found]:
-    """Become the owner of what dead owners left; blocking.
+    """Become the owner of what dead owners left; blocking. Holds come first: what they had frozen is to go on.
 
     Args:
         services: take services too, not only one-shot runs. Who will not stay to look after them leaves them alone.
@@ -77,7 +77,7 @@ def claim_left_behind(host: LoopHost, *, services: bool) -> list[Found]:
             if scope is not None and scope.run_id != row.run_id:
                 scope = None
             found.append(Found(row, scope, scope is not None and _populated(host, scope)))
-    return found
+    return sorted(found, key=lambda one: one.row.service_id != HOLD)
 
 
 async def end_left_behind(host: LoopHost, claim: Claim, *, keep: bool = False) -> bool:
@@ -137,7 +137,8 @@ async def sweep(host: LoopHost) -> None:
 async def write_down(host: LoopHost, claim: Claim) -> None:
     """Write down what a run had printed that has ended, unless its service runs: a log has one writer at a time.
 
-    For as long as it takes the service's name is claimed, so that nothing starts under it.
+    For as long as it takes the service's name is claimed, so that nothing starts under it. Where that cannot be had,
+    because the tenant is held for instance, it is done later.
     """
     key, service_id, run_id = claim
     row = SandboxRow(
@@ -152,7 +153,7 @@ async def write_down(host: LoopHost, claim: Claim) -> None:
     )
     try:
         await host.in_thread(host.registry.claim, row)
-    except (AlreadyRunningError, NotFoundError):
+    except (AlreadyRunningError, BlockedError, HeldError, NotFoundError):
         host.unwritten[claim] = time.monotonic()
         return
     host.unwritten.pop(claim, None)

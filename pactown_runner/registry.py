@@ -17,7 +17,7 @@ import operator
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -27,6 +27,7 @@ from .errors import AdmissionError, AlreadyRunningError, BlockedError, NotFoundE
 from .models import IsolatedUser
 
 __all__ = [
+    "HOLD",
     "ClaimedError",
     "HeldError",
     "Kind",
@@ -45,6 +46,10 @@ UserStatus = Literal["creating", "ready", "deleting", "deleted"]
 """`creating` and `deleting`: the account may or may not exist, and whoever comes next finishes the job."""
 
 Kind = Literal["service", "run"]
+
+HOLD = "_hold"
+"""What a hold is called where services have their ids, see `archives.holding`: while it is claimed nothing of its user
+starts, and its spec names what it has frozen."""
 
 _APPLICATION_ID = 0x50414354
 
@@ -115,7 +120,7 @@ _CLAIM = (
     "INSERT INTO sandboxes SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8 "
     "WHERE EXISTS (SELECT 1 FROM users WHERE key = ?1 AND status = 'ready') "
     "AND (substr(?2, 1, 1) = '_' OR NOT EXISTS (SELECT 1 FROM standings WHERE key = ?1 AND blocked)) "
-    # While a user is held, see `archives.holding`, nothing starts for it but the hold's own job.
+    # While a user is held nothing starts for it but the hold's own job.
     "AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE key = ?1 AND service_id = '_hold' AND '_job-' || run_id <> ?2)"
 )
 _HELD = "SELECT 1 FROM sandboxes WHERE key = ? AND service_id = '_hold'"
@@ -129,7 +134,9 @@ _FORGET = "DELETE FROM services WHERE key = ? AND service_id = ?"
 _ABSENT = (
     "SELECT key, service_id, spec, created_at FROM services WHERE NOT EXISTS (SELECT 1 FROM sandboxes "
     "WHERE sandboxes.key = services.key AND sandboxes.service_id = services.service_id) "
-    "AND NOT EXISTS (SELECT 1 FROM standings WHERE standings.key = services.key AND blocked) ORDER BY created_at"
+    "AND NOT EXISTS (SELECT 1 FROM standings WHERE standings.key = services.key AND blocked) "
+    "AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE sandboxes.key = services.key AND service_id = '_hold') "
+    "ORDER BY created_at"
 )
 _RESTART = (
     "UPDATE sandboxes SET run_id = ?, created_at = ? WHERE key = ? AND service_id = ? AND run_id = ? AND owner = ? "
@@ -568,7 +575,7 @@ class Registry:
             return db.execute(_FORGET, (key, service_id)).rowcount == 1
 
     def absent_services(self) -> list[ServiceRow]:
-        """Registered services that nobody has claimed, oldest first."""
+        """Registered services that nobody has claimed, oldest first; not those of users who are blocked or held."""
         with self._database as db:
             return [ServiceRow(*values) for values in db.execute(_ABSENT).fetchall()]
 
@@ -586,6 +593,15 @@ class Registry:
                 raise BlockedError(f"cannot start {claim[1]!r} again: user {claim[0]} is blocked")
             _check_not_held(db, claim[0])
         return False
+
+    def hold_still(self, key: str, run_id: str, services: Iterable[str]) -> None:
+        """Write down what the hold with this run id freezes, before it does: it goes on when the hold ends."""
+        self.update_spec(key, HOLD, run_id, json.dumps({"thaw": sorted(services)}))
+
+    def held_still(self, key: str) -> frozenset[str]:
+        """The services of this user that stand still because of a hold, and go on when that ends."""
+        row = self.row(key, HOLD)
+        return frozenset(json.loads(row.spec).get("thaw", ()) if row else ())
 
     # Standings ---
 

@@ -14,7 +14,7 @@ from pactown_runner.models import Outcome, State
 from pactown_runner.specs import RestartMode, RestartPolicy
 
 FAILED = Outcome(reason="exited", exit_code=1, wall_seconds=0.1)
-EMPTY = (Trigger.OVER, Trigger.RETRY, Trigger.GIVE_UP, Trigger.AGAIN)
+EMPTY = (Trigger.OVER, Trigger.RETRY, Trigger.GIVE_UP, Trigger.AGAIN, Trigger.HELD)
 
 
 def test_a_resting_state_is_entered_only_when_nothing_runs() -> None:
@@ -69,6 +69,10 @@ class World:
         elif what == "not executed" and self.executing:
             self.executing = False
             self._feed(Trigger.EXITED)
+        elif what == "held" and not self.alive and (self.executing or self.life.state is State.STOPPING):
+            self.executing = False
+            self.life, action = self.life.held(self.now + 1)
+            self._obey(action)
         elif what == "exited" and self.alive:
             # The first process; others may live until they are killed.
             self._feed(Trigger.EXITED)
@@ -106,7 +110,7 @@ class World:
 
 
 HAPPENINGS = st.sampled_from(
-    ["executed", "not executed", "exited", "emptied", "due", "stop", "restart", "froze", "thawed", "unhealthy"]
+    ["executed", "not executed", "held", "exited", "emptied", "due", "stop", "restart", "froze", "thawed", "unhealthy"]
 )
 OUTCOMES = st.sampled_from(
     [
@@ -167,6 +171,13 @@ def test_pauses_double_up_to_the_cap_and_begin_anew_after_a_healthy_run() -> Non
     assert dues == [1, 2, 4, 5, 5]
     life, _ = life.emptied(policy, Outcome(reason="exited", exit_code=1, wall_seconds=10), 100.0, 0.9)
     assert life.due == 101
+
+
+def test_being_held_is_no_failure() -> None:
+    life, action = Life(failures=2).held(7.0)
+    assert (life, action) == (Life(State.BACKING_OFF, failures=2, due=7.0), Action.PAUSE)
+    life, action = life.after(Trigger.DUE)
+    assert (life.state, life.failures, action) == (State.STARTING, 2, Action.LAUNCH)
 
 
 def test_jitter_only_shortens() -> None:

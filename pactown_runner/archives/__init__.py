@@ -20,13 +20,12 @@ from __future__ import annotations
 from .children import LeftOut
 from .errors import ArchiveError
 from .exporting import ARCHIVE_TIMEOUT, Exported, While, export_home, export_stream
-from .holding import HOLD, held, thaw_held
+from .holding import held, thaw_held
 from .importing import Imported, import_home, import_stream
 from .swapping import sweep_fresh_homes
 
 __all__ = [
     "ARCHIVE_TIMEOUT",
-    "HOLD",
     "ArchiveError",
     "Exported",
     "Imported",

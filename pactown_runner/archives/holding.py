@@ -7,7 +7,6 @@ takes its rows over. The row's spec names the scopes that have to be thawed then
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Iterator
@@ -19,13 +18,10 @@ from ..errors import AlreadyRunningError, StateError
 from ..host import Host
 from ..jobs import job_name
 from ..models import IsolatedUser
-from ..registry import SandboxRow
+from ..registry import HOLD, SandboxRow
 from ..trees import slice_name
 
-__all__ = ["HOLD", "Hold", "held", "thaw_held"]
-
-HOLD = "_hold"
-"""What a hold is called where services have their ids."""
+__all__ = ["Hold", "held", "thaw_held"]
 
 FREEZE_TIMEOUT = 5.0
 """Seconds in which a scope must stand still. It waits for running system calls only."""
@@ -68,8 +64,7 @@ class Hold:
                 scopes[name] = self._kept.enter_context(self._open(name))
         thawed = {name: scope for name, scope in scopes.items() if not _frozen(scope)}
         # First: whoever comes after us has to know of it.
-        spec = json.dumps({"thaw": sorted(thawed)})
-        self._host.registry.update_spec(self._key, HOLD, self.run_id, spec)
+        self._host.registry.hold_still(self._key, self.run_id, thawed)
         for scope in thawed.values():
             self._kept.callback(_thaw, scope)
             with suppress(GoneError):
@@ -145,8 +140,7 @@ def held(host: Host, user: IsolatedUser) -> Iterator[Hold]:
 
 def thaw_held(host: Host, key: str) -> None:
     """Let go on what a dead owner's hold had frozen. To be called before the hold's row is released."""
-    row = host.registry.row(key, HOLD)
-    for name in json.loads(row.spec).get("thaw", ()) if row else ():
+    for name in host.registry.held_still(key):
         with suppress(GoneError), host.tree.open_scope(slice_name(key), f"{name}.scope") as scope:
             _thaw(scope)
 

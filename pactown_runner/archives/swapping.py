@@ -19,9 +19,9 @@ from ..home_dirs import make_home
 from ..host import Host
 from ..jobs import Stop
 from ..models import IsolatedUser
+from ..registry import HOLD
 from .children import child
 from .errors import ArchiveError
-from .holding import HOLD
 
 __all__ = ["REMOVAL_TIMEOUT", "fresh_home", "remove_home", "swap", "sweep_fresh_homes"]
 

@@ -7,18 +7,22 @@ import os
 import random
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pactown_runner.archives import HOLD, export_home, import_home, sweep_fresh_homes, thaw_held
+from cgroups import find_mount
+from pactown_runner import Sandbox
+from pactown_runner.archives import export_home, import_home, sweep_fresh_homes, thaw_held
 from pactown_runner.config import Settings
 from pactown_runner.host import Host
-from pactown_runner.models import IsolatedUser
+from pactown_runner.models import IsolatedUser, State
+from pactown_runner.registry import HOLD, Registry
 from pactown_runner.supervisor import Supervisor
 from tests.archives.trees import Look, as_tenant, differences, looks
-from tests.supervising import USER, Start, eventually, leftovers, line_of, processes_of, spec
+from tests.supervising import USER, Start, eventually, leftovers, line_of, processes_of, python, soon, spec
 
 pytestmark = pytest.mark.host
 
@@ -181,3 +185,113 @@ async def test_what_a_killed_export_had_frozen_is_thawed(settings: Settings, chi
         async with Supervisor(settings=settings, role="one-shot"):
             pass
         assert [row.service_id for row in host.registry.rows()] == ["api"]
+
+
+# ---- What a killed export had frozen, and runs on under another supervisor
+
+COUNT = """
+import time
+number = 0
+print("ready", flush=True)
+while True:
+    number += 1
+    with open("number", "w") as file:
+        file.write(str(number))
+    time.sleep(0.01)
+"""
+SERVER = """
+from pactown_runner.archives import export_home
+async def work(supervisor):
+    await supervisor.start(spec(COMMAND, service="Api"))
+    await say("started")
+    if archive := await told():
+        user = await supervisor.users.get_or_create("auth0|123456")
+        await asyncio.to_thread(export_home, supervisor._host, user, Path(archive))
+    await told()
+""".replace("COMMAND", repr(python(COUNT)))
+STUCK = """
+from pactown_runner.archives import export_home
+async def work(supervisor):
+    user = await supervisor.users.get_or_create("auth0|123456")
+    def on_progress(done, total):
+        if not said:
+            said.append(done)
+            print("half", flush=True)
+            sys.stdin.readline()
+    said = []
+    archive = settings.users_base / "archive.tar.gz"
+    await asyncio.to_thread(export_home, supervisor._host, user, archive, progress=on_progress)
+    await say("done")
+    await told()
+"""
+
+
+def counted(sandbox: Sandbox) -> int:
+    return int((sandbox.user.home_dir / "sandboxes/Api/number").read_text() or 0)
+
+
+async def runs_on(sandbox: Sandbox) -> None:
+    before = counted(sandbox)
+    await eventually(lambda: counted(sandbox) > before)
+
+
+async def big_home(settings: Settings) -> IsolatedUser:
+    """A tenant whose home takes a while to be packed."""
+    async with Supervisor(settings=settings) as supervisor:
+        user = await supervisor.users.get_or_create(USER)
+    as_tenant(user, 'import os; open("big", "wb").write(os.urandom(64 << 20))')
+    return user
+
+
+@pytest.mark.parametrize("exporter", ["the server", "another process"])
+async def test_what_a_killed_export_had_frozen_runs_on(settings: Settings, child: Start, exporter: str) -> None:
+    user = await big_home(settings)
+    server = child(SERVER)
+    assert await server.line() == "started"
+    processes = [server]
+    if exporter == "another process":
+        processes.append(child(STUCK, role="one-shot"))
+    else:
+        server.tell(str(settings.users_base / "archive.tar.gz"))
+    with closing(Registry(settings.state_dir / "registry.db")) as registry:
+        await eventually(lambda: registry.held_still(user.key) == {"Api"})
+    frozen = find_mount().path / settings.cgroup_slice / f"pactown-{user.key}.slice/Api.scope/cgroup.events"
+    await eventually(lambda: "frozen 1" in frozen.read_text())
+    for process in processes:
+        await process.killed()
+    async with Supervisor(settings=settings) as supervisor:
+        await eventually(supervisor.list)
+        sandbox = supervisor.get(USER, "Api")
+        await soon(sandbox.started())
+        await runs_on(sandbox)
+        assert sandbox.state is State.RUNNING
+        assert sandbox.restarts == 0
+        host = supervisor._host
+        assert host is not None
+        await eventually(lambda: [row.service_id for row in host.registry.rows()] == ["Api"])
+        # And nobody is held any more.
+        assert (await soon(supervisor.run(spec("true", service="another")))).ok
+        await soon(sandbox.stop(0))
+
+
+async def test_what_is_taken_over_while_another_process_exports_runs_on_afterwards(
+    settings: Settings, child: Start
+) -> None:
+    await big_home(settings)
+    server, exporter = child(SERVER), child(STUCK, role="one-shot")
+    assert await server.line() == "started"
+    assert await exporter.line() == "half"
+    await server.killed()
+    async with Supervisor(settings=settings) as supervisor:
+        await eventually(supervisor.list)
+        sandbox = supervisor.get(USER, "Api")
+        await soon(sandbox.started())
+        # It stands still, but nobody who looks after it has to do anything about that.
+        assert sandbox.state is State.RUNNING
+        exporter.tell("")
+        assert await exporter.line() == "done"
+        await runs_on(sandbox)
+        await soon(sandbox.stop(0))
+        exporter.tell("")
+        assert await exporter.ended() == 0
+    assert leftovers(settings) == []

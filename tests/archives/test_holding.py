@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import tarfile
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pactown_runner import Sandbox
+from pactown_runner import Sandbox, Settings
 from pactown_runner.archives import ArchiveError, export_home, held, import_home
-from pactown_runner.errors import StateError
+from pactown_runner.errors import StartError, StateError
 from pactown_runner.host import Host
 from pactown_runner.models import IsolatedUser, State
+from pactown_runner.registry import HeldError
+from pactown_runner.specs import RestartMode, RestartPolicy
 from pactown_runner.supervisor import Supervisor
 from tests.archives.trees import as_tenant
-from tests.supervising import USER, eventually, line_of, python, spec
+from tests.supervising import (
+    PATIENCE,
+    USER,
+    Start,
+    eventually,
+    leaves_nothing,
+    leftovers,
+    line_of,
+    lines,
+    python,
+    soon,
+    spec,
+)
 
 pytestmark = pytest.mark.host
 
@@ -103,39 +118,33 @@ async def test_what_is_to_be_stopped_must_be(
     assert user.home_dir.stat().st_ino != inode
 
 
-@pytest.mark.parametrize("what", ["thaws", "stops", "starts"])
+@pytest.mark.parametrize("what", ["thaws", "stops"])
 async def test_an_export_that_somebody_stirs_is_none(
     supervisor: Supervisor, host: Host, user: IsolatedUser, archive: Path, what: str
 ) -> None:
     as_tenant(user, 'import os; open("big", "wb").write(os.urandom(4 << 20))')
     sandbox = await start_writer(supervisor)
     loop = asyncio.get_running_loop()
-    stirred: list[str] = []
+    stirred: list[bool] = []
 
     async def stir() -> None:
         if what == "stops":
             await sandbox.stop(0)
-        elif what == "starts":
-            await supervisor.start(spec(["/bin/sleep", "100"], service="another"))
         else:
             with host.tree.open_scope(f"pactown-{user.key}.slice", "api.scope") as scope:
                 scope.thaw()
 
     def on_progress(done: int, total: int | None) -> None:
         if not stirred:
-            try:
-                asyncio.run_coroutine_threadsafe(stir(), loop).result(20)
-                stirred.append("done")
-            except StateError:
-                stirred.append("refused")
+            asyncio.run_coroutine_threadsafe(stir(), loop).result(20)
+            stirred.append(True)
 
     export = partial(export_home, host, user, archive, progress=on_progress)
-    (ended,) = await asyncio.gather(in_thread(export), return_exceptions=True)
-    if stirred == ["done"]:
-        # Perhaps it saw a file change under it before it looked at who ran.
-        assert isinstance(ended, StateError | ArchiveError)
-        assert re.search("ran or ended meanwhile|while it was read", str(ended))
-    assert archive.exists() == (stirred == ["refused"])
+    # Perhaps it sees a file change under it before it looks at who ran.
+    with pytest.raises((StateError, ArchiveError), match=r"ran or ended meanwhile|while it was read"):
+        await in_thread(export)
+    assert stirred
+    assert not archive.exists()
 
 
 async def test_one_at_a_time(supervisor: Supervisor, host: Host, user: IsolatedUser, archive: Path) -> None:
@@ -161,3 +170,205 @@ async def test_an_export_that_fails_lets_go(
     with pytest.raises(ArchiveError):
         await in_thread(partial(export_home, host, user, archive, python=Path("/bin/false")))
     await goes_on(user, int((user.home_dir / "sandboxes/file399").read_text() or 0))
+
+
+# ---- What is to start meanwhile
+
+SLEEP = ["/bin/sleep", "1000"]
+COUNTED = "n=$(cat ../n 2>/dev/null || echo 0); n=$((n+1)); echo $n > ../n; echo run $n; "
+"""Each run knows which one it is."""
+
+HOLDER = """
+from pactown_runner.archives import held
+async def work(supervisor):
+    user = await supervisor.users.get_or_create("auth0|123456")
+    def hold():
+        with held(supervisor._host, user) as hold:
+            hold.freeze()
+            print("held", flush=True)
+            sys.stdin.readline()
+    await asyncio.to_thread(hold)
+    await say("let go")
+    await told()
+"""
+"""Another process that holds the tenant until it is told."""
+
+
+def policy(mode: RestartMode, **options: float) -> RestartPolicy:
+    return RestartPolicy(mode, **{"backoff": 0.01, "jitter": 0.0, "healthy_after": 1000.0, **options})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def holding(host: Host, user: IsolatedUser) -> AsyncIterator[None]:
+    """Hold the tenant within."""
+    begun, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with held(host, user) as hold:
+            hold.freeze()
+            begun.set()
+            over.wait()
+
+    work = asyncio.create_task(asyncio.to_thread(hold))
+    try:
+        assert await asyncio.to_thread(begun.wait, PATIENCE)
+        yield
+    finally:
+        over.set()
+        await work
+
+
+async def waits(supervisor: Supervisor, service: str = "api") -> Sandbox:
+    """Wait until a sandbox waits to be started, and has looked at least once whether it may."""
+    await eventually(lambda: any(sandbox.service_id == service for sandbox in supervisor.list()))
+    sandbox = supervisor.get(USER, service)
+    first = sandbox.course.attempt._making
+    await eventually(lambda: sandbox.course.attempt._making is not first)
+    assert sandbox.state is State.STARTING
+    return sandbox
+
+
+@pytest.mark.parametrize("kind", ["service", "registered", "run"])
+async def test_a_start_waits(supervisor: Supervisor, host: Host, user: IsolatedUser, kind: str) -> None:
+    with leaves_nothing(supervisor.settings):
+        async with holding(host, user):
+            if kind == "run":
+                starting = asyncio.create_task(supervisor.start_run(spec("exec sleep 1000", timeout=0.2)))
+            else:
+                again = policy("always" if kind == "registered" else "no")
+                starting = asyncio.create_task(supervisor.start(spec(SLEEP, restart=again)))
+            await waits(supervisor)
+            assert not starting.done()
+            assert [row.service_id for row in host.registry.rows()] == ["_hold"]
+        sandbox = await soon(starting)
+        if kind == "run":
+            outcome = await soon(sandbox.wait())
+            # The time that it waited is none of its own.
+            assert (outcome.reason, outcome.wall_seconds >= 0.2) == ("timed-out", True)
+        else:
+            assert sandbox.state is State.RUNNING
+            await soon(sandbox.stop(0))
+
+
+async def test_a_start_that_waits_can_be_stopped(supervisor: Supervisor, host: Host, user: IsolatedUser) -> None:
+    async with holding(host, user):
+        with leaves_nothing(supervisor.settings):
+            starting = asyncio.create_task(supervisor.start(spec(SLEEP, restart=policy("always"))))
+            sandbox = await waits(supervisor)
+            with pytest.raises(StartError, match="exported or imported"):
+                await soon(sandbox.stop())
+            with pytest.raises(StartError):
+                await soon(starting)
+            abandoned = asyncio.create_task(supervisor.start(spec(SLEEP)))
+            await waits(supervisor)
+            abandoned.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await soon(abandoned)
+            assert supervisor.list() == []
+            run = asyncio.create_task(supervisor.run(spec(SLEEP)))
+            sandbox = await waits(supervisor)
+            with pytest.raises(StartError):
+                await soon(sandbox.kill())
+            assert (await soon(run)).reason == "failed-to-start"
+    assert host.registry.absent_services() == []
+
+
+async def test_a_supervisor_that_ends_waits_for_no_hold(settings: Settings, child: Start) -> None:
+    async with Supervisor(settings=settings) as supervisor:
+        await supervisor.users.get_or_create(USER)
+        holder = child(HOLDER, role="one-shot")
+        assert await holder.line() == "held"
+        starting = asyncio.create_task(supervisor.start(spec(SLEEP)))
+        await waits(supervisor)
+    with pytest.raises(StartError):
+        await soon(starting)
+    holder.tell("")
+    assert await holder.line() == "let go"
+    holder.tell("")
+    assert await holder.ended() == 0
+    assert leftovers(settings) == []
+
+
+async def test_one_that_backs_off_while_all_is_frozen_is_started_afterwards(
+    supervisor: Supervisor, host: Host, user: IsolatedUser, archive: Path
+) -> None:
+    as_tenant(user, 'import os; open("big", "wb").write(os.urandom(4 << 20))')
+    writer = await start_writer(supervisor)
+    failing = await supervisor.start(
+        spec(COUNTED + "[ $n = 3 ]", service="failing", restart=policy("on-failure", backoff=1.0, max_restarts=2))
+    )
+    await eventually(lambda: failing.state is State.BACKING_OFF)
+    due, halfway = failing.course._life.due, threading.Event()
+
+    def on_progress(done: int, total: int | None) -> None:
+        # As soon as it was to be started again, and was not.
+        assert halfway.wait(PATIENCE)
+
+    export = asyncio.create_task(in_thread(partial(export_home, host, user, archive, progress=on_progress)))
+    await eventually(lambda: host.registry.row(user.key, "_hold"))
+    await eventually(lambda: failing.state is State.BACKING_OFF and failing.course._life.due > due)
+    assert (failing.restarts, failing.outcome) == (0, None)
+    halfway.set()
+    await soon(export)
+    with tarfile.open(archive) as tar:
+        file = tar.extractfile(f"{user.linux_username}/sandboxes/n")
+        assert file is not None
+        assert file.read() == b"1\n"
+    # That it was not started meanwhile is none of the failures that it may have.
+    assert (await soon(failing.wait())).ok
+    assert failing.restarts == 2
+    assert await lines(failing) == ["run 1", "run 2", "run 3"]
+    assert writer.state is State.RUNNING
+
+
+@pytest.mark.parametrize("what", ["stop", "restart"])
+async def test_one_that_rests_meanwhile_can_be_stopped_or_started_again(
+    supervisor: Supervisor, host: Host, user: IsolatedUser, what: str
+) -> None:
+    failing = await supervisor.start(spec(COUNTED + "[ $n = 2 ]", restart=policy("on-failure", max_restarts=0)))
+    await soon(failing.wait())
+    assert failing.state is State.CRASH_LOOPING
+    async with holding(host, user):
+        restarting = asyncio.create_task(failing.restart())
+        await eventually(lambda: failing.state is State.BACKING_OFF)
+        if what == "stop":
+            await soon(failing.stop())
+            assert [row.service_id for row in host.registry.rows()] == ["_hold"]
+        assert restarting.done() == (what == "stop")
+    await asyncio.gather(soon(restarting), return_exceptions=True)
+    assert (await soon(failing.wait())).ok == (what == "restart")
+    assert failing.restarts == (what == "restart")
+
+
+async def test_what_runs_can_be_stopped_meanwhile(supervisor: Supervisor, host: Host, user: IsolatedUser) -> None:
+    sandbox = await start_writer(supervisor)
+    async with holding(host, user):
+        assert (await soon(sandbox.stop(5))).reason == "stopped"
+        with pytest.raises(HeldError, match="try again"):
+            await supervisor.files.put(USER, "api", Path(__file__).parent)
+        assert [row.service_id for row in host.registry.rows()] == ["_hold"]
+
+
+async def test_services_come_back_when_their_tenant_is_held_no_more(settings: Settings, child: Start) -> None:
+    async with Supervisor(settings=settings) as supervisor:
+        sandbox = await supervisor.start(spec(COUNTED + "exec sleep 1000", restart=policy("always")))
+        await line_of(sandbox, "run 1")
+        user = sandbox.user
+    holder = child(HOLDER, role="one-shot")
+    assert await holder.line() == "held"
+    # What was left behind would be written down under the service's name, and has to wait as well.
+    spool = settings.log_dir / user.linux_username / ".spool/api.0123456789abcdef.out"
+    spool.write_bytes(b"left behind\n")
+    async with Supervisor(settings=settings) as supervisor:
+        host = supervisor._host
+        assert host is not None
+        assert list(host.unwritten) == [(user.key, "api", "0123456789abcdef")]
+        assert not any(sandbox.state is State.RUNNING for sandbox in supervisor.list())
+        holder.tell("")
+        assert await holder.line() == "let go"
+        await eventually(lambda: supervisor.list() and supervisor.list()[0].state is State.RUNNING)
+        back = supervisor.get(USER, "api")
+        await line_of(back, "run 2")
+        await soon(back.stop(0))
+    holder.tell("")
+    await holder.ended()
