@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cgroups import Limits, Stats
 
+    from .client import Client
     from .config import Settings
     from .errors import RunnerError
     from .execution import Execution
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .supervisor import Supervisor
 
 __all__ = [
+    "Client",
     "Event",
     "Execution",
     "IsolatedUser",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Client": ".client",
     "Event": ".models",
     "Execution": ".execution",
     "IsolatedUser": ".models",

@@ -24,9 +24,13 @@ async def list_users(request: Request, limit: PageLimit = 1000, after: After = N
     return UsersPage(users=page, count=len(page), next=page[-1].saas_user_id if len(rest) > limit else None)
 
 
-async def get_or_create(request: Request, user_id: UserId) -> User:
+async def get_or_create(
+    request: Request,
+    user_id: UserId,
+    make: Annotated[bool, Query(alias="create", description="Make one; else it is an error if there is none.")] = True,
+) -> User:
     """The user of this id. A caller with the role `admin` gets one made if there is none."""
-    if caller_of(request).changes:
+    if make and caller_of(request).changes:
         return await create(request, user_id)
     return User.of(await known_user(request, user_id))
 

@@ -1,0 +1,276 @@
+"""Logs and events as they come: server-sent events, which end with a reason and can be resumed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, Self, TypeVar
+
+from ..models import Event, LogRecord, Outcome
+from .answers import event_of, outcome_of, record_of, understood
+from .errors import (
+    ConnectionLostError,
+    ServerStoppingError,
+    TimedOutError,
+    UnreachableError,
+)
+from .problems import error_of
+
+if TYPE_CHECKING:
+    import httpx
+
+    from .connection import Connection
+
+__all__ = ["RECONNECT_SECONDS", "EventStream", "LogStream", "Stream", "StreamEnd"]
+
+RECONNECT_SECONDS = 60.0
+"""For so long a stream that is to reconnect tries to, before it gives up."""
+
+SILENCE_SECONDS = 60.0
+"""A server is never silent for longer than a quarter of that."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+_PASSING = (ConnectionLostError, ServerStoppingError, TimedOutError, UnreachableError)
+"""What a server that is restarted looks like."""
+
+T = TypeVar("T")
+
+
+class Message(NamedTuple):
+    """One server-sent event.
+
+    Attributes:
+        event: its kind.
+        data: what it holds.
+    """
+
+    event: str
+    data: Mapping[str, Any]
+
+
+async def messages(pieces: AsyncIterable[bytes]) -> AsyncGenerator[Message, None]:
+    """The events in a stream that comes in any pieces; one that is cut off is none."""
+    rest = b""
+    async for piece in pieces:
+        *blocks, rest = (rest + piece).split(b"\n\n")
+        for block in blocks:
+            found = {}
+            for line in block.split(b"\n"):
+                name, _, value = line.partition(b": ")
+                found[name] = value
+            if b"data" in found:
+                with understood():
+                    message = Message(found[b"event"].decode(), json.loads(found[b"data"]))
+                yield message
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd:
+    """Why nothing follows in a stream.
+
+    Attributes:
+        reason: `read` (there is no more), `ended` (the service has), `not-running` (what was to be followed does not
+            run, and there is no more).
+        outcome: with `ended`, how.
+    """
+
+    reason: str
+    outcome: Outcome | None = None
+
+
+class Stream(ABC, AsyncIterator[T], Generic[T]):
+    """What a server sends, item by item. It connects when the first is asked for, or the block is entered:
+
+        async with client.events() as events:  # what happens from here on is heard
+            async for event in events: ...
+
+    Use it as such a block, or close it, if it is not read to its end. Waiting that is cancelled closes it.
+
+    Attributes:
+        end: why nothing follows, once that is so.
+    """
+
+    def __init__(self, connection: Connection, path: str, *, reconnect: bool) -> None:
+        self._connection = connection
+        self._path = path
+        self._reconnect = reconnect
+        self._answer: httpx.Response | None = None
+        self._messages: AsyncGenerator[Message, None] | None = None
+        self._connected_before = False
+        self._over = False
+        self.end: StreamEnd | None = None
+
+    async def __aenter__(self) -> Self:
+        """Connect.
+
+        Raises:
+            RunnerError: what the server refuses, or a `ClientError`.
+        """
+        if self._messages is None and not self._over:
+            await self._connect()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Read no further."""
+        self._over = True
+        await self._disconnect()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        """The next item.
+
+        Raises:
+            StopAsyncIteration: nothing follows, see `end`.
+            ServerStoppingError: the server stops, and did not send it all.
+            ConnectionLostError, TimedOutError, UnreachableError: the stream broke, and could not be resumed if it was
+                to be.
+            RunnerError: what the server refuses.
+        """
+        while not self._over:
+            try:
+                item = await self._next()
+            except _PASSING as error:
+                await self._disconnect()
+                if not (self._reconnect and self._connected_before):
+                    self._over = True
+                    raise
+                if (item := await self._connect_again(error)) is not None:
+                    return item
+                continue
+            except BaseException:
+                await self.aclose()
+                raise
+            if item is not None:
+                return item
+            await self.aclose()
+        raise StopAsyncIteration
+
+    async def _next(self) -> T | None:
+        """The next item; None at the end."""
+        if self._messages is None:
+            await self._connect()
+            assert self._messages is not None
+        message = await anext(self._messages, None)
+        if message is None:
+            raise ConnectionLostError("the stream broke off before its end", remedy="see what the server logged")
+        with understood():
+            if message.event != "end":
+                return self._item(message)
+            reason = str(message.data["reason"])
+        if reason == "failed":
+            _fail(message.data)
+        if reason == "server-stopping":
+            raise ServerStoppingError("the server stops, and with it this stream", remedy="resume it when it is back")
+        with understood():
+            self.end = StreamEnd(reason, outcome_of(message.data.get("outcome")))
+        return None
+
+    async def _connect(self) -> None:
+        self._answer = await self._connection.open(
+            "GET", self._path, params=self._params(), accept="text/event-stream", read=SILENCE_SECONDS
+        )
+        self._messages = messages(self._connection.pieces(self._answer))
+        self._connected_before = True
+
+    async def _connect_again(self, error: Exception) -> T | None:
+        """Come back as soon as there is a server; returns what is to be told of it."""
+        pause, deadline = _FIRST_PAUSE, time.monotonic() + RECONNECT_SECONDS
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                await self._connect()
+                return self._resumed()
+            except _PASSING:
+                if time.monotonic() >= deadline:
+                    self._over = True
+                    raise
+            except BaseException:
+                self._over = True
+                raise
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    async def _disconnect(self) -> None:
+        stream, self._messages = self._messages, None
+        answer, self._answer = self._answer, None
+        if stream is not None:
+            await stream.aclose()
+        if answer is not None:
+            await answer.aclose()
+
+    @abstractmethod
+    def _params(self) -> Mapping[str, Any]:
+        """What to ask for now."""
+
+    @abstractmethod
+    def _item(self, message: Message) -> T:
+        """What a message means."""
+
+    def _resumed(self) -> T | None:
+        """What is to be told of having come back, if anything."""
+        return None
+
+
+class LogStream(Stream[LogRecord]):
+    """The lines of a log.
+
+    Attributes:
+        cursor: the number of the last record that was read, behind which another stream can begin; None as long as
+            there is none.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        path: str,
+        *,
+        follow: bool,
+        since: int | None,
+        tail: int | None,
+        reconnect: bool,
+    ) -> None:
+        super().__init__(connection, path, reconnect=reconnect)
+        self.cursor = since
+        self._follow = follow
+        self._tail = tail
+
+    def _params(self) -> Mapping[str, Any]:
+        return {"follow": self._follow, "since": self.cursor, "tail": self._tail}
+
+    def _item(self, message: Message) -> LogRecord:
+        record = record_of(message.data)
+        # Whoever comes back goes on behind it, and begins no more with the last so many.
+        self.cursor, self._tail = record.seq, None
+        return record
+
+
+class EventStream(Stream[Event]):
+    """What happens, from the moment on in which it is connected."""
+
+    def __init__(self, connection: Connection, path: str, *, user_id: str | None, reconnect: bool) -> None:
+        super().__init__(connection, path, reconnect=reconnect)
+        self._user_id = user_id
+
+    def _params(self) -> Mapping[str, Any]:
+        return {"user_id": self._user_id}
+
+    def _item(self, message: Message) -> Event:
+        return event_of(message.data)
+
+    def _resumed(self) -> Event:
+        # Nobody knows how many: the server keeps none for those who are not there.
+        return Event(kind="missed", ts=time.time(), details={"count": None})
+
+
+def _fail(data: Mapping[str, Any]) -> NoReturn:
+    with understood():
+        error = error_of(data["problem"])
+    raise error
