@@ -1,6 +1,7 @@
 """Supervisors that are killed at random, again and again, on one state: nothing is lost, doubled or left behind.
 
-`PACTOWN_CHAOS_CYCLES=200 pytest tests/test_chaos.py` takes some minutes; the suite itself has time for a few.
+`PACTOWN_CHAOS_CYCLES=200 pytest -s tests/test_chaos.py` takes some minutes, and says at its end where it killed them;
+the suite itself has time for a few.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ import asyncio
 import contextlib
 import json
 import os
+import pwd
 import random
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
@@ -23,62 +25,171 @@ import pytest
 from cgroups import find_mount
 from pactown_runner import Sandbox, Settings, Supervisor
 from pactown_runner.models import State
-from pactown_runner.registry import Registry
-from tests.chaos import SERVICES, USERS
-from tests.supervising import ROOT, eventually, leftovers
+from pactown_runner.registry import Registry, UserRow
+from tests.chaos import MORE, PARTS, SERVICES, USERS
+from tests.supervising import ROOT, eventually, leftovers, processes_of, tree
 
 pytestmark = [pytest.mark.host, pytest.mark.deadline(3600)]
 
 CYCLES = int(os.environ.get("PACTOWN_CHAOS_CYCLES", "12"))
-MOST_STEPS = 20_000
+MOST_STEPS = {"any": 20_000, "create": 300, "start": 2000, "stop": 1500, "rotate": 1500, "delete": 500}
+"""Lines of each part of the code after which a supervisor dies at the latest; some seconds."""
 MOST_SECONDS = 0.6
 
 Name = tuple[str, str]
+REFUSALS = {
+    "restart": "StateError",  # it is just being started again
+    "create": "StateError",  # its removal was cut short, and goes on
+    "start": "StateError",
+    "delete": "StateError",
+}
+"""What may be refused, and how."""
 
 
 class Wreck:
-    """What must be there after a crash: what was begun and done last for each service."""
+    """What must be there after a crash, by what was begun and done last.
+
+    Attributes:
+        up: services that run.
+        down: services that do not.
+        known: users that are there.
+        gone: users that are not, and which of home and logs are not either.
+        seen: processes of services that have ended while a supervisor looked on: all that they printed is in the log.
+        cleared: users whose logs may have been removed since the last look.
+        failures: what was refused.
+    """
 
     def __init__(self, base: Path) -> None:
         self.up: set[Name] = set()
         self.down: set[Name] = set()
+        self.known: set[str] = set()
+        self.gone: dict[str, set[str]] = {}
+        self.seen: set[tuple[Name, str]] = set()
+        self.cleared: set[str] = set()
         self.failures: list[str] = []
+        self.deeds: Counter[str] = Counter()
         self.lines: list[str] = []
+        self._running: dict[Name, str] = {}
         self._diary = base / "diary"
 
     def read(self) -> None:
         lines = self._diary.read_text().splitlines() if self._diary.exists() else []
         for line in lines[len(self.lines) :]:
-            kind, what, user, service, *_ = line.split()
-            name = (user, service)
-            self.up.discard(name)
-            self.down.discard(name)
-            if kind == "done":
-                (self.down if what == "stop" else self.up).add(name)
+            kind, what, user, *rest = line.split()
+            if kind == "event":
+                self._heard(what, (user, rest[0]), rest[1])
             elif kind == "failed":
                 self.failures.append(line)
+            elif what in ("create", "delete"):
+                self._user(kind, what, user, set(rest))
+            else:
+                self._service(kind, what, (user, rest[0]))
+            if kind == "done":
+                self.deeds[what] += 1
         self.lines = lines
+
+    def _heard(self, what: str, name: Name, pid: str) -> None:
+        if what == "begun":
+            self._running.clear()
+        elif (before := self._running.pop(name, None)) is not None and name[0] not in self.cleared:
+            self.seen.add((name, before))
+        if pid != "-":
+            self._running[name] = pid
+
+    def _service(self, kind: str, what: str, name: Name) -> None:
+        self.up.discard(name)
+        self.down.discard(name)
+        if kind == "done":
+            (self.down if what == "stop" else self.up).add(name)
+        if what == "start":
+            self._user(kind, "create", name[0], set())
+
+    def _user(self, kind: str, what: str, user: str, rest: set[str]) -> None:
+        self.gone.pop(user, None)
+        if kind == "done" and what == "create":
+            self.known.add(user)
+        if what == "delete":
+            names = {(user, service) for service in SERVICES}
+            self.known.discard(user)
+            self.up -= names
+            self.down -= names
+            self.seen = {(name, pid) for name, pid in self.seen if name[0] != user}
+            self.cleared.add(user)
+            if kind == "done":
+                self.gone[user] = rest
+                self.down |= names
+
+
+class Output:
+    """What the processes of one service have printed, as far as it has been read. Read on from where it ended."""
+
+    def __init__(self) -> None:
+        self.count: dict[str, int] = {}
+        self._seq = 0
+
+    async def read_on(self, supervisor: Supervisor, user: str, service: str) -> None:
+        """Of each process's lines all are there, once and in order, up to the last that is."""
+        async for record in supervisor.logs(user, service, since=self._seq):
+            # Nothing else can be missing: numbers count what was dropped too.
+            assert record.seq == self._seq + 1, f"{user}/{service}: {record} behind {self._seq}"
+            self._seq = record.seq
+            process, number = record.line.split()
+            assert int(number) == self.count.get(process, 0) + 1, f"{user}/{service}: {record}"
+            self.count[process] = int(number)
+
+
+class Outputs(defaultdict[Name, Output]):
+    """Of all services.
+
+    Attributes:
+        removed: lines that were there, and whose logs were removed with their users.
+    """
+
+    removed = 0
+
+    def __init__(self) -> None:
+        super().__init__(Output)
+
+    def clear_of(self, user: str) -> None:
+        """Read its logs from their beginning again: they may be others."""
+        for service in SERVICES:
+            self.removed += sum(self.pop((user, service), Output()).count.values())
 
 
 async def test_nothing_is_lost_doubled_or_left_however_often_it_is_killed(settings: Settings, tmp_path: Path) -> None:
     seed = int(os.environ.get("PACTOWN_CHAOS_SEED", "1"))
     chance = random.Random(seed)
-    settings = replace(settings, log_rotate_bytes=64 << 10, log_keep=1000, log_cap_bytes=1 << 30, on_exit="leave")
-    wreck = Wreck(tmp_path)
+    settings = replace(settings, log_rotate_bytes=16 << 10, log_keep=100_000, log_cap_bytes=1 << 30, on_exit="leave")
+    wreck, outputs = Wreck(tmp_path), Outputs()
     for cycle in range(CYCLES):
-        steps = chance.randrange(1, MOST_STEPS) if cycle % 3 else 0
-        await asyncio.to_thread(_crash, settings, tmp_path, chance.randrange(1 << 30), steps, chance)
+        aim = chance.choice(list(MOST_STEPS)) if cycle % 3 else ""
+        await asyncio.to_thread(_crash, settings, tmp_path, chance, aim)
         wreck.read()
-        await _look(settings, wreck, cycle)
+        await _look(settings, wreck, outputs, cycle)
     async with Supervisor(settings=replace(settings, on_exit="stop")) as supervisor:
         for sandbox in supervisor.list():
             await sandbox.stop(grace=0)
-        await _check_logs(supervisor)
+        await _check_logs(supervisor, wreck, outputs)
     assert leftovers(settings) == []
     _reap_those_left()
-    points = (tmp_path / "points").read_text().splitlines() if (tmp_path / "points").exists() else []
-    print(f"{CYCLES} crashes, {len(set(points))} distinct lines, refused: {wreck.failures}")
+    assert [line for line in wreck.failures if REFUSALS.get(line.split()[1], "") not in line.split()] == []
+    _check_points(tmp_path / "points", wreck, outputs)
+
+
+def _check_points(file: Path, wreck: Wreck, outputs: Outputs) -> None:
+    points = file.read_text().splitlines() if file.exists() else []
+    parts = Counter(point.split()[0] for point in set(points))
+    processes = sum(len(output.count) for output in outputs.values())
+    lines = sum(sum(output.count.values()) for output in outputs.values())
+    print(
+        f"{CYCLES} crashes, {len(points)} of them at {len(set(points))} distinct lines: {dict(parts)}",
+        f"done: {dict(wreck.deeds)}; refused: {len(wreck.failures)}",
+        f"{lines} lines of {processes} processes are in the logs, {outputs.removed} more were looked at before",
+        *sorted(set(points)),
+        sep="\n",
+    )
     assert len(set(points)) >= min(50, len(points) * 3 // 4)
+    assert CYCLES < 100 or set(parts) >= set(PARTS)
 
 
 def _reap_those_left() -> None:
@@ -88,7 +199,7 @@ def _reap_those_left() -> None:
             pass
 
 
-def _crash(settings: Settings, base: Path, seed: int, steps: int, chance: random.Random) -> None:
+def _crash(settings: Settings, base: Path, chance: random.Random, aim: str) -> None:
     given = {
         name: str(value) if isinstance(value := getattr(settings, name), Path) else value
         for name in (
@@ -104,7 +215,10 @@ def _crash(settings: Settings, base: Path, seed: int, steps: int, chance: random
             "log_cap_bytes",
         )
     }
-    command = [sys.executable, "-m", "tests.chaos", json.dumps(given), str(base), str(seed), str(steps)]
+    # More of them early, where it takes over what the one before has left.
+    steps = int(MOST_STEPS[aim] ** chance.random() ** 0.5) if aim else 0
+    words = [str(base), str(chance.randrange(1 << 30)), str(steps), aim]
+    command = [sys.executable, "-m", "tests.chaos", json.dumps(given), *words]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -117,7 +231,7 @@ def _crash(settings: Settings, base: Path, seed: int, steps: int, chance: random
             process.kill()
 
 
-async def _look(settings: Settings, wreck: Wreck, cycle: int) -> None:
+async def _look(settings: Settings, wreck: Wreck, outputs: Outputs, cycle: int) -> None:
     """What a successor finds is what must be there, and nothing else."""
     async with Supervisor(settings=settings) as supervisor:
         there = {(one.user_id, one.service_id): one for one in supervisor.list()}
@@ -125,16 +239,40 @@ async def _look(settings: Settings, wreck: Wreck, cycle: int) -> None:
         assert not wreck.down & set(there), f"came back in cycle {cycle}: {wreck.lines[-20:]}"
         for sandbox in there.values():
             await eventually(partial(_runs, sandbox))
-        _check_tree(settings, there)
+        with Registry(settings.state_dir / "registry.db") as registry:
+            # A removal that was cut short goes on in a thread; the last that goes is the slice.
+            await eventually(lambda: not registry.users("deleting"))
+            users = registry.users()
+            slices = {f"pactown-{row.key}.slice" for row in users if row.status == "deleted"}
+            await eventually(lambda: not slices & {path.name for path in tree(settings)})
+        _check_users(settings, wreck, users)
+        _check_tree(settings, there, users)
+        await _check_logs(supervisor, wreck, outputs)
 
 
 def _runs(sandbox: Sandbox) -> bool:
     return sandbox.state is State.RUNNING
 
 
-def _check_tree(settings: Settings, there: Collection[Name]) -> None:
+def _check_users(settings: Settings, wreck: Wreck, users: Collection[UserRow]) -> None:
+    ready = {row.saas_id for row in users if row.status == "ready"}
+    assert wreck.known <= ready
+    assert not set(wreck.gone) & ready
+    assert len({row.uid for row in users}) == len({row.key for row in users}) == len({row.saas_id for row in users})
+    for row in users:
+        if row.status != "deleted":
+            continue
+        assert processes_of(row.uid) == {}
+        with pytest.raises(KeyError):
+            pwd.getpwnam(row.username)
+        without = wreck.gone.get(row.saas_id, set())
+        assert not ("home" in without and row.home.exists())
+        assert not ("logs" in without and (settings.log_dir / row.username).exists())
+
+
+def _check_tree(settings: Settings, there: Collection[Name], users: Collection[UserRow]) -> None:
+    keys = {row.key: row.saas_id for row in users}
     with Registry(settings.state_dir / "registry.db") as registry:
-        keys = {row.key: row.saas_id for row in registry.users()}
         rows = registry.rows()
     assert {(keys[row.key], row.service_id) for row in rows} == set(there)
     scopes = list((find_mount().path / settings.cgroup_slice).glob("*/*.scope"))
@@ -145,25 +283,45 @@ def _check_tree(settings: Settings, there: Collection[Name]) -> None:
         )
         assert name in there, f"a stray cgroup {path}"
         assert len((path / "cgroup.procs").read_text().split()) <= 1, f"{name} was started twice"
+    for row in users:
+        for cgroup in processes_of(row.uid).values():
+            assert cgroup.endswith(tuple(f"pactown-{row.key}.slice/{service}.scope" for service in SERVICES)), cgroup
     runs = {(row.key, row.service_id, row.run_id) for row in rows}
     for fifo in (settings.run_dir / "fifo").iterdir():
         key, rest = fifo.name.split(".", 1)
         assert (key, *rest.rsplit(".", 2)[:2]) in runs, f"a stray FIFO {fifo}"
 
 
-async def _check_logs(supervisor: Supervisor) -> None:
-    """Of each process's lines all are there, once and in order, up to the last that is."""
-    for user in USERS:
+async def _check_logs(supervisor: Supervisor, wreck: Wreck, outputs: Outputs) -> None:
+    for user in USERS + MORE:
+        if user in wreck.cleared:
+            outputs.clear_of(user)
         if (known := await supervisor.users.get(user)) is None:
             continue
         for service in SERVICES:
-            numbers: dict[str, list[int]] = defaultdict(list)
-            async for record in supervisor.logs(user, service):
-                process, number = record.line.split()
-                numbers[process].append(int(number))
-            for process, found in numbers.items():
-                assert found == list(range(1, len(found) + 1)), f"{user}/{service}: {process}"
-                counted = known.home_dir / f"sandboxes/{service}/count.{process}"
+            name = (user, service)
+            await outputs[name].read_on(supervisor, user, service)
+            folder = known.home_dir / "sandboxes" / service
+            for process, found in outputs[name].count.items():
                 # The line is printed before the count, which is empty if the process was killed while writing it.
-                if counted.exists() and (text := counted.read_text()):
-                    assert len(found) <= int(text) + 1
+                if counted := _read(folder / f"count.{process}"):
+                    assert found <= int(counted) + 1, f"{name} has never printed what is in its log"
+            for pid in [pid for of, pid in wreck.seen if of == name]:
+                _check_whole(folder, pid, outputs[name])
+        wreck.cleared.discard(user)
+    wreck.seen.clear()
+
+
+def _check_whole(folder: Path, pid: str, output: Output) -> None:
+    """The last process of this number has ended while a supervisor looked on: not one of its lines is missing."""
+    born = [int(path.name.rpartition("-")[2]) for path in folder.glob(f"count.{pid}-*")]
+    if born and (counted := _read(folder / f"count.{pid}-{max(born)}")):
+        found = output.count.get(f"{pid}-{max(born)}", 0)
+        assert int(counted) <= found, f"{folder}: of {counted} lines of {pid} {found} are in the log"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
