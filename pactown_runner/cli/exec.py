@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .completing import complete_service, complete_user
 from .messages import Ended, errors_told
 from .options import Config, Cwd, Env, Raw, Stdin, UsersBase, environment_of, load_settings
 
@@ -40,8 +41,20 @@ def execute(
         list[str], typer.Argument(metavar="-- COMMAND...", help="Executed as it is; no shell.", show_default=False)
     ],
     *,
-    user: Annotated[str, typer.Option("--user", metavar="ID", help="The tenant's id.", show_default=False)],
-    service: Annotated[str, typer.Option("--service", metavar="NAME", help="A service that runs.", show_default=False)],
+    user: Annotated[
+        str,
+        typer.Option("--user", metavar="ID", help="The tenant's id.", show_default=False, autocompletion=complete_user),
+    ],
+    service: Annotated[
+        str,
+        typer.Option(
+            "--service",
+            metavar="NAME",
+            help="A service that runs.",
+            show_default=False,
+            autocompletion=complete_service,
+        ),
+    ],
     env: Env = None,
     cwd: Cwd = None,
     stdin: Stdin = False,

@@ -21,13 +21,15 @@ from ..errors import NotFoundError, StateError
 from ..execution import Execution, execute
 from ..main_process import Main
 from ..models import IsolatedUser
+from ..outcomes import ExitStatus
 from ..pipes import OutputPipe
 from ..registry import Registry, SandboxRow
 from ..specs import SandboxSpec, check_service_id
 from ..trees import open_tree
 from ..users import Users
 from .feeding import feed
-from .messages import say
+from .interrupting import interruptible
+from .messages import LOOK_FOR_USERS, look_for_services, say
 from .output import Output
 from .visible import visible
 
@@ -36,7 +38,6 @@ __all__ = ["execute_to_end"]
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _UNKNOWN = 125
 _MOMENT = 100
 """Milliseconds."""
@@ -59,6 +60,7 @@ def execute_to_end(
         raw: see `Output`.
 
     Raises:
+        Ended: we were interrupted.
         RunnerError: it was not executed.
         OSError: its output could not be written.
     """
@@ -88,7 +90,8 @@ def _found(settings: Settings, user_id: str, service_id: str) -> Iterator[_Found
             main = Main.read(cgroup)
         except GoneError as error:
             raise StateError(
-                f"nothing of {service_id!r} runs at this moment: it is being started, restarted or ended"
+                f"nothing of {service_id!r} runs at this moment: it is being started, restarted or ended",
+                remedy="try again in a moment",
             ) from error
         first = main.pidfd() if main else None
         if first is not None:
@@ -99,18 +102,19 @@ def _found(settings: Settings, user_id: str, service_id: str) -> Iterator[_Found
 def _registered(settings: Settings, user_id: str, service_id: str) -> tuple[IsolatedUser, SandboxRow, str]:
     """The user, the row of its service, and the id of the state."""
     path = settings.state_dir / "registry.db"
+    no_user = NotFoundError(f"there is no user {user_id!r} in {settings.state_dir}", remedy=LOOK_FOR_USERS)
     if not path.exists():  # looking must not make one
-        raise NotFoundError(f"there is no user {user_id!r} in {settings.state_dir}")
+        raise no_user
     with Registry(path) as registry:
         users = Users(settings, registry)
         user = users.get(user_id)
         if user is None:
-            raise NotFoundError(f"there is no user {user_id!r} in {settings.state_dir}")
+            raise no_user
         users.verify(user)
         row = registry.row(user.key, service_id)
         state_id = registry.state_id
     if row is None:
-        raise NotFoundError(f"no service {service_id!r} of user {user_id!r} runs")
+        raise NotFoundError(f"no service {service_id!r} of user {user_id!r} runs", remedy=look_for_services(user_id))
     if row.kind == "run":
         raise StateError(
             f"{service_id!r} is a one-shot run: with what it was started, only its own process knows",
@@ -136,19 +140,16 @@ async def _to_end(
     found: _Found, command: Sequence[str], *, env: Mapping[str, str], cwd: str | None, stdin: bool, raw: bool
 ) -> int:
     user, spec, cgroup, first = found
-    received: list[int] = []
-    with _listening(received):
-        try:
-            executing = execute(_Here(), user, spec, cgroup, command, first=first, stdin=stdin, env=env, cwd=cwd)
-            async with await executing as execution:
-                if stdin:
-                    feed(execution, asyncio.get_running_loop())
-                await _relay(execution, raw=raw)
-                status = await execution.wait()
-        except asyncio.CancelledError:
-            if received:
-                return 128 + received[0]
-            raise
+
+    async def work() -> ExitStatus:
+        executing = execute(_Here(), user, spec, cgroup, command, first=first, stdin=stdin, env=env, cwd=cwd)
+        async with await executing as execution:
+            if stdin:
+                feed(execution, asyncio.get_running_loop())
+            await _relay(execution, raw=raw)
+            return await execution.wait()
+
+    status = await interruptible(work())
     if status.signal == signal.SIGKILL and first is not None and _ends(first):
         say(f"pactown-runner: service {spec.service_id!r} has ended")
     if status.signal is not None:
@@ -156,28 +157,6 @@ async def _to_end(
     if status.exit_code is None:
         say("pactown-runner: it ended with a status that nobody could see")
     return _UNKNOWN if status.exit_code is None else status.exit_code
-
-
-@contextlib.contextmanager
-def _listening(received: list[int]) -> Iterator[None]:
-    """Cancel what runs within at a signal."""
-    loop = asyncio.get_running_loop()
-    this = asyncio.current_task()
-    assert this is not None
-
-    def interrupt(number: int) -> None:
-        received.append(number)
-        this.cancel()
-
-    # What we were started to ignore stays ignored: nohup(1), and shells that start a job in the background.
-    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    for number in heard:
-        loop.add_signal_handler(number, interrupt, number)
-    try:
-        yield
-    finally:
-        for number in heard:
-            loop.remove_signal_handler(number)
 
 
 async def _relay(execution: Execution, *, raw: bool) -> None:

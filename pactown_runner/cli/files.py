@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .messages import errors_told, say, write_json
-from .options import Config, Json, UsersBase, load_settings
+from .options import Config, Json, Service, User, UsersBase, load_settings
 from .visible import one_line
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _SHOWN_SKIPPED = 10
-
-User = Annotated[str, typer.Argument(metavar="USER", help="The tenant's id.", show_default=False)]
-Service = Annotated[str, typer.Argument(metavar="SERVICE", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from .messages import Ended
 
-__all__ = ["SIGNALS", "interruptible"]
+__all__ = ["SIGNALS", "hearing", "interruptible"]
 
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def hearing(interrupt: Callable[[int], object]) -> Iterator[None]:
+    """Call this, on the loop that runs, with the number of each of `SIGNALS` that comes while the block lasts."""
+    loop = asyncio.get_running_loop()
+    # What we were started to ignore stays ignored: nohup(1), and shells that start a job in the background.
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in heard:
+        loop.add_signal_handler(number, interrupt, number)
+    try:
+        yield
+    finally:
+        for number in heard:
+            loop.remove_signal_handler(number)
 
 
 async def interruptible(work: Coroutine[Any, Any, T], also: Callable[[], object] | None = None) -> T:
@@ -27,8 +43,7 @@ async def interruptible(work: Coroutine[Any, Any, T], also: Callable[[], object]
     Raises:
         Ended: it was interrupted; 128 and the signal's number.
     """
-    loop = asyncio.get_running_loop()
-    task = loop.create_task(work)
+    task = asyncio.get_running_loop().create_task(work)
     received: list[int] = []
 
     def interrupt(number: int) -> None:
@@ -37,16 +52,10 @@ async def interruptible(work: Coroutine[Any, Any, T], also: Callable[[], object]
             also()
         task.cancel()
 
-    # What we were started to ignore stays ignored: nohup(1), and shells that start a job in the background.
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    for number in heard:
-        loop.add_signal_handler(number, interrupt, number)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        if received:
-            raise Ended(128 + received[0]) from None
-        raise
-    finally:
-        for number in heard:
-            loop.remove_signal_handler(number)
+    with hearing(interrupt):
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if received:
+                raise Ended(128 + received[0]) from None
+            raise

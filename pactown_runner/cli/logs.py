@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from .messages import errors_told
+from .messages import LOOK_FOR_USERS, errors_told, look_for_services
 from .options import Config, Raw, UsersBase, load_settings
 
 if TYPE_CHECKING:
@@ -110,10 +110,13 @@ def _log_of(settings: Settings, user_id: str, service_id: str, *, may_come: bool
             row = registry.user(user_id)
             runs = row is not None and registry.row(row.key, service_id) is not None
     if row is None:
-        raise NotFoundError(f"there is no user {user_id!r} in {settings.state_dir}")
+        raise NotFoundError(f"there is no user {user_id!r} in {settings.state_dir}", remedy=LOOK_FOR_USERS)
     path = LogPaths(settings.log_dir, settings.run_dir, row.key).log(service_id)
     if not Path(path).exists() and not (may_come and runs):
-        raise NotFoundError(f"service {service_id!r} of user {user_id!r} has printed nothing yet, or never ran")
+        raise NotFoundError(
+            f"service {service_id!r} of user {user_id!r} has printed nothing yet, or never ran",
+            remedy=look_for_services(user_id),
+        )
     return path
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -17,10 +18,28 @@ from cgroups import CgroupError
 from ..errors import RunnerError
 from .visible import visible
 
-__all__ = ["NO_READER", "Ended", "drop_output", "errors_told", "say", "write_json"]
+__all__ = [
+    "FAILED",
+    "LOOK_FOR_USERS",
+    "NO_READER",
+    "Ended",
+    "drop_output",
+    "errors_told",
+    "look_for_services",
+    "say",
+    "typed",
+    "write_json",
+    "write_line",
+]
+
+FAILED = 1
+"""The exit code of a command that could not do what it was to do."""
 
 NO_READER = 128 + signal.SIGPIPE
 """The exit code of a program whose output nobody reads any more."""
+
+LOOK_FOR_USERS = "look for it: pactown-runner users list"
+"""A remedy."""
 
 
 class Ended(BaseException):
@@ -71,15 +90,33 @@ def say(line: str) -> None:
         os.write(2, visible(line.encode("utf-8", "backslashreplace") + b"\n"))
 
 
+def typed(*words: str) -> str:
+    """A command of ours, as it is to be typed."""
+    return shlex.join(["pactown-runner", *words])
+
+
+def look_for_services(user_id: str) -> str:
+    """A remedy."""
+    return f"see what runs of it: {typed('users', 'show', user_id)}"
+
+
 def write_json(document: Any) -> None:
     """Write one JSON document to standard output.
 
     Raises:
         BrokenPipeError: the reader has gone away.
     """
-    text = json.dumps(document, indent=2 if sys.stdout.isatty() else None, default=str) + "\n"
+    write_line(json.dumps(document, indent=2 if sys.stdout.isatty() else None, default=str))
+
+
+def write_line(text: str) -> None:
+    """Write a line to standard output, at once.
+
+    Raises:
+        BrokenPipeError: the reader has gone away.
+    """
     sys.stdout.flush()
-    sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
+    sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
     sys.stdout.buffer.flush()
 
 

@@ -7,11 +7,54 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .completing import complete_service, complete_user
+
 if TYPE_CHECKING:
+    from cgroups import Limits
+
     from ..config import Settings
 
-__all__ = ["Config", "Cwd", "Env", "Json", "Raw", "Stdin", "UsersBase", "environment_of", "load_settings"]
+__all__ = [
+    "Config",
+    "Cpu",
+    "Cwd",
+    "Env",
+    "Json",
+    "Memory",
+    "Pids",
+    "Raw",
+    "Server",
+    "Service",
+    "Stdin",
+    "User",
+    "UsersBase",
+    "environment_of",
+    "limits_of",
+    "load_settings",
+]
 
+_LIMITS = "Limits"
+
+User = Annotated[
+    str,
+    typer.Argument(metavar="USER", help="The tenant's id.", show_default=False, autocompletion=complete_user),
+]
+Service = Annotated[
+    str, typer.Argument(metavar="SERVICE", help="Its name.", show_default=False, autocompletion=complete_service)
+]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="ADDRESS",
+        envvar="PACTOWN_SERVER",
+        help="A socket's path, or http(s)://HOST:PORT with the token in PACTOWN_TOKEN. By default the socket of the "
+        "settings.",
+        show_default=False,
+        show_envvar=True,
+        rich_help_panel="Settings",
+    ),
+]
 UsersBase = Annotated[
     Path | None,
     typer.Option(
@@ -34,6 +77,18 @@ Config = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to standard output.")]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Such as 256M.", show_default=False, rich_help_panel=_LIMITS),
+]
+Cpu = Annotated[
+    str | None,
+    typer.Option("--cpu", metavar="CORES", help="Such as 50% or 1.5.", show_default=False, rich_help_panel=_LIMITS),
+]
+Pids = Annotated[
+    str | None,
+    typer.Option("--pids", metavar="N", help="Processes and threads.", show_default=False, rich_help_panel=_LIMITS),
+]
 Raw = Annotated[
     bool,
     typer.Option(
@@ -67,6 +122,22 @@ def environment_of(words: list[str]) -> dict[str, str]:
         if not sign:
             raise SpecError(f"--env {name} has no value", remedy=f"--env {name}=VALUE; nothing is passed on by name")
     return {name: value for name, _, value in pairs}
+
+
+def limits_of(memory: str | None, cpu: str | None, pids: str | None) -> Limits:
+    """Return the limits of `--memory`, `--cpu` and `--pids`.
+
+    Raises:
+        SpecError: one of them can never be right.
+    """
+    from cgroups import FormatError, Limits  # noqa: PLC0415
+
+    from ..errors import SpecError  # noqa: PLC0415
+
+    try:
+        return Limits(memory_max=memory, cpu_max=cpu, pids_max=pids)
+    except FormatError as error:
+        raise SpecError(error.message, remedy=error.remedy) from error
 
 
 def load_settings(users_base: Path | None, config: Path | None) -> Settings:

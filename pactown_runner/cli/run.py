@@ -7,8 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .completing import complete_user
 from .messages import Ended, errors_told, write_json
-from .options import Config, Cwd, Env, Raw, Stdin, UsersBase, environment_of, load_settings
+from .options import (
+    Config,
+    Cpu,
+    Cwd,
+    Env,
+    Memory,
+    Pids,
+    Raw,
+    Stdin,
+    UsersBase,
+    environment_of,
+    limits_of,
+    load_settings,
+)
 
 if TYPE_CHECKING:
     from cgroups import Limits
@@ -19,8 +33,6 @@ __all__ = ["register"]
 
 RUN_FAILED = 125
 """The exit code of env(1), timeout(1) and container engines for "it was never started"."""
-
-_LIMITS = "Limits"
 
 _EPILOG = """\
 [bold]Exit code[/bold]: the program's own; 128 + n if signal n ended it; 124 if --timeout did; 137 if it ran out of
@@ -54,7 +66,13 @@ def run(
     *,
     user: Annotated[
         str,
-        typer.Option("--user", metavar="ID", help="The tenant. An account is made at first use.", show_default=False),
+        typer.Option(
+            "--user",
+            metavar="ID",
+            help="The tenant. An account is made at first use.",
+            show_default=False,
+            autocompletion=complete_user,
+        ),
     ],
     service: Annotated[
         str | None,
@@ -81,18 +99,9 @@ def run(
             show_default=False,
         ),
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", metavar="SIZE", help="Such as 256M.", show_default=False, rich_help_panel=_LIMITS),
-    ] = None,
-    cpu: Annotated[
-        str | None,
-        typer.Option("--cpu", metavar="CORES", help="Such as 50% or 1.5.", show_default=False, rich_help_panel=_LIMITS),
-    ] = None,
-    pids: Annotated[
-        str | None,
-        typer.Option("--pids", metavar="N", help="Processes and threads.", show_default=False, rich_help_panel=_LIMITS),
-    ] = None,
+    memory: Memory = None,
+    cpu: Cpu = None,
+    pids: Pids = None,
     raw: Raw = False,
     as_json: Annotated[
         bool,
@@ -121,7 +130,7 @@ def run(
             stdin=stdin,
             timeout=timeout,
             grace=grace,
-            limits=settings.default_limits.merge(_limits(memory, cpu, pids)),
+            limits=settings.default_limits.merge(limits_of(memory, cpu, pids)),
         )
         from .running import run_to_end  # noqa: PLC0415 - the supervisor, and asyncio
 
@@ -159,14 +168,3 @@ def _spec(
         stop_grace=grace,
         limits=limits,
     )
-
-
-def _limits(memory: str | None, cpu: str | None, pids: str | None) -> Limits:
-    from cgroups import FormatError, Limits  # noqa: PLC0415
-
-    from ..errors import SpecError  # noqa: PLC0415
-
-    try:
-        return Limits(memory_max=memory, cpu_max=cpu, pids_max=pids)
-    except FormatError as error:
-        raise SpecError(error.message, remedy=error.remedy) from error

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..config import Settings
@@ -21,6 +20,7 @@ from ..sandbox import Sandbox
 from ..specs import SandboxSpec
 from ..supervisor import Supervisor
 from .feeding import feed
+from .interrupting import hearing
 from .messages import NO_READER, say
 from .output import Output, relay
 
@@ -28,8 +28,6 @@ __all__ = ["RunEnd", "exit_code", "run_to_end"]
 
 LAST_WORDS_SECONDS = 1.0
 """For a reader to take what the program wrote before we were interrupted. One that does not read never will."""
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class RunEnd(NamedTuple):
@@ -86,7 +84,7 @@ class _Run:
         self._stopping: set[asyncio.Task[None]] = set()
 
     async def to_end(self) -> RunEnd:
-        with self._listening():
+        with hearing(self._interrupt):
             async with self._supervisor:
                 if self._signal is not None:
                     return RunEnd(128 + self._signal)
@@ -138,19 +136,6 @@ class _Run:
             say(f"pactown-runner: {dropped} lines are missing: they were read too slowly, and the log was full")
 
     # Signals ----------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        # What we were started to ignore stays ignored: nohup(1), and shells that start a job in the background.
-        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        for number in heard:
-            loop.add_signal_handler(number, self._interrupt, number)
-        try:
-            yield
-        finally:
-            for number in heard:
-                loop.remove_signal_handler(number)
 
     def _interrupt(self, number: int) -> None:
         """The first signal asks the sandbox to end, the second one kills it."""

@@ -2,40 +2,81 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .visible import one_line
 
-__all__ = ["show_pairs", "show_table"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Grid", "coloured", "show_grid", "show_pairs", "show_table"]
 
 _GAP = "  "
 
 
-def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]], colours: Mapping[str, str]) -> None:
-    """Write a table to standard output; nothing where it would be empty.
+@dataclass(frozen=True)
+class Grid:
+    """A table's content.
 
-    Args:
+    Attributes:
         headings: one for each column.
         rows: what stands in them, whoever chose it.
-        colours: of what stands in the last column.
+        colours: of what stands in one of the columns.
+        in_colour: the number of that column.
+        cut: whether the last column is cut off where the terminal ends, and not folded.
     """
-    lines = [[one_line(cell) for cell in row] for row in rows]
-    if not lines:
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    colours: Mapping[str, str]
+    in_colour: int = -1
+    cut: bool = False
+
+    def for_terminal(self) -> Table:
+        """As rich shows it."""
+        from rich.table import Table  # noqa: PLC0415 - only for a terminal
+        from rich.text import Text  # noqa: PLC0415
+
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for heading in self.headings:
+            is_cut = self.cut and heading == self.headings[-1]
+            table.add_column(heading, overflow="ellipsis" if is_cut else "fold", no_wrap=is_cut)
+        for row in self.rows:
+            cells = [Text(one_line(cell)) for cell in row]
+            cells[self.in_colour].style = self.colours.get(row[self.in_colour], "")
+            table.add_row(*cells)
+        return table
+
+
+def show_grid(grid: Grid) -> None:
+    """Write a table to standard output; nothing where it would be empty."""
+    if not grid.rows:
         return
     if not sys.stdout.isatty():
-        _write_aligned([[heading.upper() for heading in headings], *lines])
+        lines = [[one_line(cell) for cell in row] for row in grid.rows]
+        _write_aligned([[heading.upper() for heading in grid.headings], *lines])
         return
     from rich.console import Console  # noqa: PLC0415 - only for a terminal
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for *cells, last in lines:
-        table.add_row(*map(Text, cells), Text(last, style=colours.get(last, "")))
-    Console().print(table)
+    Console().print(grid.for_terminal())
+
+
+def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]], colours: Mapping[str, str]) -> None:
+    """Write a table to standard output whose last column is in colour; see `Grid`."""
+    show_grid(Grid(headings, rows, colours))
+
+
+def coloured(text: str, colour: str) -> str:
+    """Words for standard output, in a colour if that is a terminal of somebody who wants any."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    import typer  # noqa: PLC0415
+
+    return typer.style(text, fg=colour)
 
 
 def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:

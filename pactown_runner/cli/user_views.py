@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,9 +13,10 @@ from ..logs import LogPaths
 from ..owners import Owners
 from ..registry import Registry, SandboxRow, Standing, UserRow
 from ..specs import check_user_id
-from .messages import say
+from .human import size_of, time_of
+from .messages import LOOK_FOR_USERS, say
 from .tables import show_pairs, show_table
-from .visible import one_line, size_of
+from .visible import one_line
 
 if TYPE_CHECKING:
     from ..archives import Exported, Imported
@@ -105,9 +105,7 @@ def find_user(settings: Settings, user_id: str) -> UserView:
         row = registry.user(user_id) if registry else None
         view = _view(registry, row, registry.rows(key=row.key)) if registry and row else None
     if view is None:
-        raise NotFoundError(
-            f"there is no user {user_id!r} in {settings.state_dir}", remedy="look for it: pactown-runner users list"
-        )
+        raise NotFoundError(f"there is no user {user_id!r} in {settings.state_dir}", remedy=LOOK_FOR_USERS)
     return view
 
 
@@ -131,7 +129,7 @@ def show_users(views: list[UserView]) -> None:
                 view.row.saas_id,
                 view.row.username,
                 str(view.row.uid),
-                _time(view.row.created_at),
+                time_of(view.row.created_at),
                 view.standing.tier or "-",
                 str(len(view.sandboxes)),
                 "blocked" if view.standing.blocked and view.status == "ready" else view.status,
@@ -170,13 +168,13 @@ def show_user(settings: Settings, view: UserView) -> None:
         ("uid, gid", f"{row.uid}, {row.gid}"),
         ("home", str(row.home)),
         ("logs", _log_dir(settings, view)),
-        ("created", _time(row.created_at)),
+        ("created", time_of(row.created_at)),
         ("status", view.status),
         ("tier", (view.standing.tier or "-") + ", blocked" * view.standing.blocked),
     ]
     for sandbox in view.sandboxes:
         alone = "" if owners.alive(sandbox.owner) else ", which nobody looks after"
-        pairs.append((sandbox.kind, f"{sandbox.service_id}, since {_time(sandbox.created_at)}{alone}"))
+        pairs.append((sandbox.kind, f"{sandbox.service_id}, since {time_of(sandbox.created_at)}{alone}"))
     show_pairs(pairs)
 
 
@@ -229,7 +227,3 @@ def tell_left_out(done: Exported | Imported) -> None:
 
 def _log_dir(settings: Settings, view: UserView) -> str:
     return str(LogPaths(settings.log_dir, settings.run_dir, view.row.key).tenant_dir)
-
-
-def _time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .messages import Ended, errors_told, say, write_json
-from .options import Config, Json, UsersBase, load_settings
-from .visible import one_line, size_of
+from .human import size_of
+from .messages import Ended, errors_told, say, typed, write_json
+from .options import Config, Json, User, UsersBase, load_settings
+from .visible import one_line
 
 if TYPE_CHECKING:
     from ..config import Settings
@@ -50,8 +50,6 @@ _IMPORT_EPILOG = """\
 pactown-runner users import alice /backup/alice.tar.gz
 
 pactown-runner users import alice-2 --made-for alice /backup/alice.tar.gz"""
-
-User = Annotated[str, typer.Argument(metavar="USER", help="The tenant's id.", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
@@ -99,7 +97,7 @@ def create(user: User, *, as_json: Json = False, users_base: UsersBase = None, c
             return
         show_user(settings, find_user(settings, user))
         if is_new:
-            say(f"made; to run something: {_typed('run', '--user', user, '--', 'id')}")
+            say(f"made; to run something: {typed('run', '--user', user, '--', 'id')}")
         else:
             say("it was there already")
 
@@ -188,7 +186,7 @@ def export(
             say(what)
         else:
             say(f"{what}, in {target}")
-            say(f"to have it on another host, copy it there, and: {_typed('users', 'import', user, str(target))}")
+            say(f"to have it on another host, copy it there, and: {typed('users', 'import', user, str(target))}")
 
 
 def import_(
@@ -268,7 +266,7 @@ def delete(
             return
         say(f"deleted {user!r}: login {view.row.username}, uid {view.row.uid}")
         if keep_home:
-            say(f"its home is kept in {view.row.home}; to have it again: {_typed('users', 'create', user)}")
+            say(f"its home is kept in {view.row.home}; to have it again: {typed('users', 'create', user)}")
 
 
 # ---- Help
@@ -293,7 +291,7 @@ def _not_there(view: UserView, wish: str = "to have that again") -> Exception:
 
     user_id = view.row.saas_id
     return NotFoundError(
-        f"user {user_id!r} was deleted, and its home was kept", remedy=f"{wish}: {_typed('users', 'create', user_id)}"
+        f"user {user_id!r} was deleted, and its home was kept", remedy=f"{wish}: {typed('users', 'create', user_id)}"
     )
 
 
@@ -302,10 +300,10 @@ def _advice(view: UserView) -> str:
     user_id = view.row.saas_id
     match view.status:
         case "creating":
-            return f"to finish what was interrupted: {_typed('users', 'create', user_id)}"
+            return f"to finish what was interrupted: {typed('users', 'create', user_id)}"
         case "deleting":
-            return f"to finish what was interrupted: {_typed('users', 'delete', user_id)}"
-    return f"to have the home again: {_typed('users', 'create', user_id)}"
+            return f"to finish what was interrupted: {typed('users', 'delete', user_id)}"
+    return f"to have the home again: {typed('users', 'create', user_id)}"
 
 
 def _confirm(settings: Settings, view: UserView, *, keep_home: bool, keep_logs: bool, as_json: bool) -> None:
@@ -350,8 +348,3 @@ def _tell_interrupted(settings: Settings, user_id: str) -> None:
         say("interrupted when all was done")
         return
     say("interrupted; nothing was deleted" if view.status == "ready" else f"interrupted; {_advice(view)}")
-
-
-def _typed(*words: str) -> str:
-    """A command of ours, as it is to be typed."""
-    return shlex.join(["pactown-runner", *words])

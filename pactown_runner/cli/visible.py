@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["one_line", "size_of", "visible"]
+__all__ = ["one_line", "visible"]
 
 _UNUSUAL = re.compile(r"[^\n\t -~]")
 
@@ -23,18 +23,6 @@ def visible(data: bytes) -> bytes:
 def one_line(text: str) -> str:
     """Return what somebody else chose, within a line of ours: a line break in it must not begin one that seems ours."""
     return text if text.isprintable() else repr(text)
-
-
-def size_of(number: int) -> str:
-    """A number of bytes for people."""
-    size = float(number)
-    if size < 1024:
-        return f"{number} bytes"
-    for unit in ("KiB", "MiB", "GiB"):
-        size /= 1024
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1024:.1f} TiB"
 
 
 def _shown(found: re.Match[str]) -> str:

@@ -166,7 +166,11 @@ async def test_the_services_end_is_its_end(cli: Cli, start: Start, server: Serve
     assert process.stderr is not None
     assert process.stderr.read() == b"pactown-runner: service 'api' has ended\n"
     done = cli(*words("id"))
-    assert (done.returncode, done.stderr) == (125, b"error: no service 'api' of user 'auth0|demo' runs\n")
+    assert done.returncode == 125
+    assert done.stderr.splitlines() == [
+        b"error: no service 'api' of user 'auth0|demo' runs",
+        b"try: see what runs of it: pactown-runner users show 'auth0|demo'",
+    ]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

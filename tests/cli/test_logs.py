@@ -61,9 +61,12 @@ def test_what_is_not_there_is_told_and_not_made(cli: Cli, settings: Settings) ->
     done = cli("logs", USER, "probe")
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.startswith(f"error: there is no user {USER!r}".encode())
+    assert done.stderr.endswith(b"try: look for it: pactown-runner users list\n")
     assert not settings.state_dir.exists()
     cli(*run_words("true"))
-    assert cli("logs", USER, "other").stderr.startswith(b"error: service 'other' of user ")
+    done = cli("logs", USER, "other")
+    assert done.stderr.startswith(b"error: service 'other' of user ")
+    assert done.stderr.endswith(b"try: see what runs of it: pactown-runner users show 'auth0|demo'\n")
     assert cli("logs", USER, "other", "--follow").returncode == 1
     assert cli("logs", USER, "../x").stderr.startswith(b"error: service id '../x' is not allowed")
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pactown_runner.cli.visible import one_line, size_of, visible
+from pactown_runner.cli.human import duration_of, size_of
+from pactown_runner.cli.visible import one_line, visible
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,20 @@ def test_what_would_be_several_lines_is_one() -> None:
 )
 def test_sizes(number: int, shown: str) -> None:
     assert size_of(number) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (-0.5, "0s"),
+        (0.25, "0.25s"),
+        (9.999, "10s"),
+        (59.9, "59s"),
+        (60, "1m"),
+        (725, "12m 5s"),
+        (3605, "1h"),
+        (3 * 86400 + 4 * 3600 + 59, "3d 4h"),
+    ],
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert duration_of(seconds) == shown
