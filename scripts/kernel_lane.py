@@ -6,6 +6,8 @@ hands the project over as a tar archive on a second disk, and takes the results 
 virtualisation is needed, and none is used unless PACTOWN_KVM=1 asks for it: where `/dev/kvm` is there, guests may still
 hang.
 
+A test that makes the file `REBOOT` has the guest reboot when all tests have run. Those marked `guest(boot=2)` run then.
+
 On a host that itself has the controllers, and root, `--native` runs the same tests without a guest.
 """
 
@@ -71,17 +73,38 @@ ExecStopPost=/usr/bin/systemctl --no-block poweroff
 WantedBy=default.target
 """
 
+REBOOT = "/srv/results/reboot"
+
 RUN = """\
+export PACTOWN_KERNEL_LANE=1 PACTOWN_GUEST=1 HOME=/root
 dmesg --console-level emerg
 mkswap -q /dev/vdd && swapon /dev/vdd
-packages=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-mkdir -p "$packages" && echo /opt/site >"$packages/kernel-lane.pth"
 cd /srv/project
-echo kernel-lane: begin
-PACTOWN_KERNEL_LANE=1 HOME=/root \\
-    python3 -m pytest -p no:cacheprovider -m kernel --junit-xml=/srv/results/junit.xml {args} 2>&1
-echo $? >/srv/results/status
-journalctl --no-pager -b >/srv/results/journal 2>&1
+run_tests() {{ # NAME ARGUMENT...
+    name=$1 && shift
+    python3 -m pytest -p no:cacheprovider --junit-xml="/srv/results/$name.xml" "$@" 2>&1
+    status=$?
+    journalctl --no-pager -b >"/srv/results/$name.journal" 2>&1
+}}
+if [ -e {reboot} ]; then
+    rm {reboot}
+    run_tests boot-2 -m 'guest(boot=2)' $(grep -l 'guest(boot=2)' tests/kernel/*.py)
+    [ $status = 0 ] || echo $status >/srv/results/status
+elif [ -e /srv/results/began ]; then
+    echo kernel-lane: the guest died, and started anew
+else
+    touch /srv/results/began
+    packages=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    mkdir -p "$packages" && echo /opt/site >"$packages/kernel-lane.pth"
+    sync
+    echo kernel-lane: begin
+    run_tests boot-1 -m 'kernel and not guest(boot=2)' {args}
+    echo $status >/srv/results/status
+    if [ -e {reboot} ]; then
+        echo kernel-lane: reboot
+        exec systemctl --no-block reboot
+    fi
+fi
 tar -cf /dev/vdc -C /srv/results .
 sync
 """
@@ -269,9 +292,17 @@ def run_guest(image: Path, junit: Path, args: Sequence[str]) -> int:
             print(console)
             say(f"the guest brought back no result: {error}")
             return 1
-        junit.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(results / "junit.xml", junit)
+        join(sorted(results.glob("*.xml")), junit)
         return conclude(status, junit, f"in the guest, {time.monotonic() - began:.0f} s with its boot")
+
+
+def join(reports: Sequence[Path], target: Path) -> None:
+    """One JUnit report of several."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    suites = ElementTree.Element("testsuites")
+    for report in reports:
+        suites.extend(ElementTree.parse(report).getroot())
+    ElementTree.ElementTree(suites).write(target, encoding="utf-8", xml_declaration=True)
 
 
 def pack_project(target: Path, args: Sequence[str]) -> None:
@@ -287,7 +318,7 @@ def pack_project(target: Path, args: Sequence[str]) -> None:
         for name in (*names, "pactown_runner/launcher/launch"):
             if (TOP / name).exists():
                 archive.add(TOP / name, name, recursive=False)
-        script = RUN.format(args=shlex.join(with_files(args))).encode()
+        script = RUN.format(args=shlex.join(with_files(args)), reboot=REBOOT).encode()
         info = tarfile.TarInfo(".kernel-lane")
         info.size = len(script)
         archive.addfile(info, io.BytesIO(script))
@@ -305,7 +336,6 @@ def boot(image: Path, disks: Sequence[Path]) -> str:
         "-m",
         MEMORY,
         "-nographic",
-        "-no-reboot",
         "-nodefaults",
     ]
     command += ["-serial", "stdio", "-monitor", "none", "-kernel", f"{image}/vmlinuz", "-initrd", f"{image}/initrd"]
@@ -373,7 +403,7 @@ def with_files(args: Sequence[str]) -> list[str]:
 def run_native(junit: Path, args: Sequence[str]) -> int:
     """Run the kernel tests on this host."""
     junit.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "kernel", f"--junit-xml={junit}", *with_files(args)]
+    command = [sys.executable, "-m", "pytest", "-m", "kernel and not guest", f"--junit-xml={junit}", *with_files(args)]
     environment = os.environ | {"PACTOWN_KERNEL_LANE": "1"}
     status = subprocess.run(command, cwd=TOP, env=environment, check=False).returncode
     return conclude(status, junit, "on this host")

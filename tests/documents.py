@@ -1,0 +1,302 @@
+"""Documents that are run: the blocks of a Markdown file, in order, as whoever types and pastes them has them.
+
+All blocks of a document are steps of one shell session, in a state and a directory of the test's own:
+
+    ```sh        is run; each command has to succeed
+    ```console   is typed line by line behind `# `; what stands below a command is what it prints
+    ```python    is run as a program; what `await`s at the top is run within `async with Supervisor() as supervisor`,
+                 one process for all such blocks of a document, at the place of the last of them
+    ```toml      is put into /etc/pactown/pactown.toml
+    ```text      is what the Python above prints
+
+In what is printed `…` stands for whatever there is in a line, and a line `...` for any lines. Uids, keys, ports and the
+directories of the state are the test's.
+
+A comment above a block says what is to be different, and nothing else can:
+
+    <!-- server -->       it runs until the document ends, or the next such block; what follows waits for it to be ready
+    <!-- kernel -->       it needs memory, cpu and pids controllers: it is run in the kernel lane only
+    <!-- not run: WHY --> WHY is one of `REASONS`
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 120.0
+"""So long a document may take."""
+
+REASONS = frozenset({"it installs packages", "it needs systemd", "it is how these tests are run"})
+_LANGUAGES = frozenset({"sh", "console", "python", "toml", "text", "json"})
+_BLOCK = re.compile(r"^(?:<!-- (?P<mark>.*?) -->\n)?```(?P<language>.*)\n(?P<text>(?:.*\n)*?)```$", re.MULTILINE)
+_PORTS = ("8600", "8001", "8002")
+"""Those that documents have. Here others are free."""
+_BETWEEN = "\x1e"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Attributes:
+        where: the document, and the line that it begins in.
+        language: what stands behind the fence.
+        text: what is within.
+        mark: the comment above, or empty.
+    """
+
+    where: str
+    language: str
+    text: str
+    mark: str = ""
+
+    @property
+    def awaits(self) -> bool:
+        """Whether it is Python for the inside of a coroutine."""
+        tree = ast.parse(self.text)
+        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        inside = bool(compile(tree, self.where, "exec", flags).co_flags & 0x80)  # CO_COROUTINE
+        return inside
+
+
+@dataclass
+class Step:
+    """What is typed at once, and what it prints.
+
+    Attributes:
+        where: for people.
+        command: of the shell.
+        prints: what the document says, a text for each part that is told apart; None where it says nothing.
+        serves: whether it goes on beside what follows.
+    """
+
+    where: str
+    command: str
+    prints: list[str | None]
+    serves: bool = False
+
+
+def blocks(path: Path) -> list[Block]:
+    """The blocks of a document.
+
+    Raises:
+        AssertionError: a mark, a language or a reason that nobody knows.
+    """
+    document, found = path.read_text(), []
+    for match in _BLOCK.finditer(document):
+        line = document.count("\n", 0, match.start("text"))
+        block = Block(f"{path.name}:{line}", match["language"], match["text"], match["mark"] or "")
+        assert block.language in _LANGUAGES, f"{block.where}: nobody knows how to run {block.language!r}"
+        reason = block.mark.removeprefix("not run: ")
+        assert block.mark in ("", "server", "kernel") or reason in REASONS, f"{block.where}: {block.mark!r}"
+        found.append(block)
+    assert 2 * len(found) == len(re.findall(r"^```", document, re.MULTILINE)), f"{path.name}: a fence is not closed"
+    return found
+
+
+class Session:
+    """The shell session of one document.
+
+    Args:
+        directory: of the test's own, for scripts and as the place to work in.
+        environ: leads commands to the test's state.
+        command: what `pactown-runner` is.
+        homes, run: where the test's state has what documents call /home/pactown_users and /run/pactown.
+    """
+
+    def __init__(
+        self, directory: Path, environ: Mapping[str, str], command: Sequence[str], *, homes: Path, run: Path
+    ) -> None:
+        self._steps = directory / "steps"
+        self._work = directory / "work"
+        self._etc = directory / "etc"
+        self._run = run
+        for path in (self._steps, self._work, self._etc):
+            path.mkdir()
+        (self._etc / "pactown.toml").touch()
+        (directory / "bin").mkdir()
+        shim = directory / "bin/pactown-runner"
+        # The doctor's verdict is the host's, and not the document's.
+        shim.write_text(
+            f'#!/bin/sh\n[ "$1" = doctor ] || exec {shlex.join(command)} "$@"\n'
+            f'{shlex.join(command)} "$@"\nstatus=$?; [ $status -le 1 ] && exit 0; exit $status\n'
+        )
+        shim.chmod(0o755)
+        own = {"PACTOWN_CONFIG": str(self._etc / "pactown.toml"), "PATH": f"{shim.parent}:{os.environ['PATH']}"}
+        self._environ = {**environ, **own}
+        self._ours = {
+            "/home/pactown_users": str(homes),
+            "/run/pactown": str(run),
+            "/etc/pactown": str(self._etc),
+            **dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True)),
+        }
+
+    def follow(self, document: Sequence[Block]) -> None:
+        """Run the blocks of a document.
+
+        Raises:
+            AssertionError: one of them fails, or prints something else.
+        """
+        steps = list(self._steps_of(document))
+        failed = self._run_all(steps)
+        for number, step in enumerate(steps):
+            out = self._steps / f"{number}.out"
+            printed = out.read_text() if out.exists() else ""
+            assert number != failed, f"{step.where}: failed:\n{step.command}\n{printed}"
+            parts = printed.split(f"{_BETWEEN}\n")
+            for expected, part in zip(step.prints, parts, strict=False):
+                if expected is not None:
+                    self._compare(step, expected, part)
+
+    # Steps ------------------------------------------------------------------------------------------------------
+
+    def _steps_of(self, document: Sequence[Block]) -> Iterator[Step]:
+        fragments = [block for block in document if block.language == "python" and block.awaits]
+        for block, after in zip(document, [*document[1:], None], strict=True):
+            shown = after.text if after is not None and after.language == "text" else None
+            if block.language == "console":
+                yield from _typed(block)
+            elif block.language == "sh":
+                yield Step(block.where, block.text, [None], serves=block.mark == "server")
+            elif block.language == "toml":
+                yield Step(block.where, _heredoc("/etc/pactown/pactown.toml", block.text), [None])
+            elif block.language == "json":
+                json.loads(block.text)
+            elif block.language == "python" and block not in fragments:
+                yield Step(block.where, self._python(block.where, block.text), [shown])
+            elif fragments and block is fragments[-1]:
+                yield self._fragments(document, fragments)
+
+    def _fragments(self, document: Sequence[Block], fragments: Sequence[Block]) -> Step:
+        following = dict(zip(document, document[1:], strict=False))
+        prints = [
+            after.text if (after := following.get(block)) is not None and after.language == "text" else None
+            for block in fragments
+        ]
+        inside = f"print({_BETWEEN!r}, flush=True)\n".join(f"# {block.where}\n{block.text}" for block in fragments)
+        program = (
+            "import asyncio\nfrom pactown_runner import Supervisor\nasync def main():\n"
+            f"    async with Supervisor() as supervisor:\n{textwrap.indent(inside, ' ' * 8)}\nasyncio.run(main())\n"
+        )
+        return Step(fragments[-1].where, self._python(f"all that awaits, up to {fragments[-1].where}", program), prints)
+
+    def _python(self, where: str, text: str) -> str:
+        script = self._work.parent / f"{len(list(self._work.parent.glob('*.py')))}.py"
+        script.write_text(f"# {where}\n{self._changed(text)}")
+        return f"{shlex.quote(sys.executable)} {shlex.quote(str(script))}"
+
+    def _changed(self, text: str) -> str:
+        for theirs, ours in self._ours.items():
+            text = re.sub(rf"(?<!\w){re.escape(theirs)}\b", lambda _, ours=ours: ours, text)
+        return text
+
+    # The session ------------------------------------------------------------------------------------------------
+
+    def _run_all(self, steps: Sequence[Step]) -> int | None:
+        """Run them, and return the number of the one that failed."""
+        lines = ["set -eu -o pipefail; server=", 'trap \'[ -z "$server" ] || { kill $server; wait $server || :; }\' EXIT']
+        for number, step in enumerate(steps):
+            name = self._steps / str(number)
+            name.write_text(self._changed(step.command))
+            quoted = shlex.quote(str(name))
+            if step.serves:
+                lines.append(f'[ -z "$server" ] || {{ kill $server; wait $server || :; }}')
+                lines.append(f'(eval "exec $(cat {quoted})") >{quoted}.out 2>&1 </dev/null & server=$!')
+                lines.append(_READY.format(socket=shlex.quote(str(self._run / "api.sock"))))
+            else:
+                lines.append(f'eval "$(cat {quoted})" >{quoted}.out 2>&1 </dev/null')
+            lines.append(f": >{quoted}.done")
+        script = self._steps / "session"
+        script.write_text("\n".join(lines) + "\n")
+        session = subprocess.Popen(
+            ["bash", str(script)],
+            cwd=self._work,
+            env=self._environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            session.wait(SECONDS)
+        finally:
+            if session.poll() is None:
+                os.killpg(session.pid, signal.SIGKILL)
+                session.wait()
+        done = [(self._steps / f"{number}.done").exists() for number in range(len(steps))]
+        return None if all(done) else done.index(False)
+
+    # What was printed -------------------------------------------------------------------------------------------
+
+    def _compare(self, step: Step, expected: str, printed: str) -> None:
+        printed = self._as_documented(printed)
+        pattern = "".join(map(_pattern, self._as_documented(expected).splitlines()))
+        assert re.fullmatch(pattern, printed.rstrip("\n") + "\n"), (
+            f"{step.where}: {step.command}\nshould print\n{expected}\nand printed\n{printed}"
+        )
+
+    def _as_documented(self, text: str) -> str:
+        for theirs, ours in self._ours.items():
+            text = text.replace(ours, theirs)
+        # The key is longer where another run of these tests has the same tenant.
+        text = re.sub(r"(?<=pactown[_-])[0-9a-f]{8,24}\b", "KEY", text)
+        text = text.replace(self._environ["PACTOWN_CGROUP_SLICE"], "pactown.slice")
+        return re.sub(r"\b\d{5}\b", "UID", text)
+
+
+_READY = """\
+until curl -fsS --unix-socket {socket} http://localhost/readyz >/dev/null 2>&1; do
+    kill -0 $server
+    sleep 0.02
+done"""
+
+
+def _typed(block: Block) -> Iterator[Step]:
+    """The commands of a console, and what stands below them."""
+    command: list[str] = []
+    shown: list[str] = []
+    where = int(block.where.rpartition(":")[2])
+    for number, line in enumerate([*block.text.splitlines(), "# "]):
+        if line.startswith("# ") and command:
+            text = "".join(f"{part}\n" for part in shown)
+            yield Step(f"{block.where.rpartition(':')[0]}:{where}", "\n".join(command), [text])
+            command, shown, where = [], [], where + number
+        if line.startswith("# ") or (command and command[-1].endswith("\\")):
+            command.append(line.removeprefix("# "))
+        else:
+            assert command, f"{block.where}: a console begins with a command, behind '# '"
+            shown.append(line)
+
+
+def _pattern(line: str) -> str:
+    if line == "...":
+        return r"(?:.*\n)*?"
+    return re.escape(line.rstrip()).replace("…", ".*") + r"[ \t]*\n"
+
+
+def _heredoc(path: str, text: str) -> str:
+    return f"cat >{path} <<'END-OF-BLOCK'\n{text}END-OF-BLOCK\n"
+
+
+def _free_ports(count: int) -> list[str]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
