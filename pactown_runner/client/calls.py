@@ -18,6 +18,9 @@ __all__ = ["TIMEOUT", "Calls"]
 TIMEOUT = 30.0
 """Seconds, see `Client`."""
 
+PAGE = 1000
+"""Items that a list's pages hold."""
+
 T = TypeVar("T")
 
 
@@ -56,7 +59,7 @@ class Calls:
         """All items of a list that comes in pages."""
         after: str | None = None
         while True:
-            page = await self._connection.call("GET", path, params={**params, "after": after})
+            page = await self._connection.call("GET", path, params={**params, "limit": PAGE, "after": after})
             with understood():
                 items, after = [of(item) for item in page[name]], page.get("next")
             for item in items:
