@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from .database import make_dirs
 from .errors import AccountError, FilesError
 from .passage import exposed, way_to
 
-__all__ = ["keep_home", "make_home", "open_up_home", "remove_home"]
+__all__ = ["FreshHome", "fresh_homes", "keep_home", "make_home", "open_up_home", "remove_home"]
 
+_FRESH = re.compile(r"\.fresh-([0-9a-f]{8,24})-([0-9a-f]{16})")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -50,6 +53,31 @@ def make_home(users_base: Path, name: str, uid: int, gid: int, *, kept: bool = F
         raise AccountError(f"cannot make the home {users_base / name}: {error}") from error
     finally:
         os.close(base)
+
+
+class FreshHome(NamedTuple):
+    """A home beside the one that a tenant has: it is to take the place of that one, or it did and this was the former.
+
+    Attributes:
+        users_base: where both are.
+        key: the tenant's.
+        run_id: tells by whom, see `archives.swapping`.
+    """
+
+    users_base: Path
+    key: str
+    run_id: str
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self.users_base / f".fresh-{self.key}-{self.run_id}"
+
+
+def fresh_homes(users_base: Path) -> list[FreshHome]:
+    """All that there are, of whichever state. Raises `OSError`."""
+    matches = map(_FRESH.fullmatch, os.listdir(users_base))
+    return [FreshHome(users_base, *match.groups()) for match in matches if match]
 
 
 def keep_home(home: Path, uid: int) -> None:

@@ -59,10 +59,12 @@ class Stop:
 
     Attributes:
         reason: why it was asked for, or None.
+        asked: set when it was asked for.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.asked = threading.Event()
         self._scope: Cgroup | None = None
         self._lock = threading.Lock()
 
@@ -70,6 +72,7 @@ class Stop:
         """Kill the job. To be repeated until it is gone: a process that is just being born may escape one kill."""
         with self._lock:
             self.reason = self.reason or reason
+            self.asked.set()
             if self._scope is not None:
                 with contextlib.suppress(GoneError):
                     self._scope.kill()

@@ -24,9 +24,8 @@ from cgroups import Cgroup, CgroupError, GoneError, Limits, find_mount
 
 from .accounts import PREFIX
 from .config import Settings
-from .deletion import empty_home, sweep
+from .deletion import remove_homes, sweep
 from .errors import RunnerError, StateError
-from .home_dirs import remove_home
 from .launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_popen
 from .models import IsolatedUser
 from .owners import Owner
@@ -216,8 +215,7 @@ class Purge:
                     # Without root the tenant's uid is the caller's own, and what carries it is the caller's.
                     if users.root_mode:
                         sweep(user, run)
-                    empty_home(user, run)
-                    remove_home(user.home_dir)
+                    remove_homes(user, run)
                     users.remove_account(user)
 
     def _tree(self, held: ExitStack) -> Tree | None:

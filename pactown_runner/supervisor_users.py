@@ -227,7 +227,8 @@ class SupervisorUsers:
     async def delete(self, user_id: str, *, delete_home: bool = True, delete_logs: bool = True) -> IsolatedUser:
         """Stop all of a user's sandboxes, and delete the user with all that carries its uid on this host.
 
-        The key and the uid stay taken, and are this id's again if it comes back.
+        The key and the uid stay taken, and are this id's again if it comes back. If it is cancelled, or the supervisor
+        ends, it is given up half-way: a second call finishes it, or the next supervisor.
 
         Args:
             delete_home: else the home becomes root's, with all that is in it, until the user is made again.
@@ -236,12 +237,17 @@ class SupervisorUsers:
         Raises:
             NotFoundError: there is no such user.
             AccountError: the account is not what it was, and nothing was changed.
-            StateError: something of the user's runs under another supervisor, or could not be ended yet.
+            StateError: something of the user's runs under another supervisor, or could not be ended yet; its home is
+                just being exported or imported; or it was given up.
+            FilesError: the home could not be emptied, or the supervisor ended before its turn.
         """
         here = self._placed()
         await here.stop_all(user_id)
         user = await here.threads.run(
-            user_id, lambda _: delete_user(here.host, user_id, delete_home=delete_home, delete_logs=delete_logs)
+            user_id,
+            lambda stop: delete_user(
+                here.host, user_id, delete_home=delete_home, delete_logs=delete_logs, give_up=stop.asked
+            ),
         )
         here.host.events.tell("deleted", user_id)
         return user

@@ -31,12 +31,13 @@ from pactown_runner.deletion.processes import end_processes
 from pactown_runner.deletion.removal import REMOVAL
 from pactown_runner.deletion.spools import remove_mail, remove_schedules
 from pactown_runner.errors import AccountError, AlreadyRunningError, FilesError, NotFoundError, StateError
+from pactown_runner.home_dirs import FreshHome
 from pactown_runner.host import Host
 from pactown_runner.logs import LogPaths
 from pactown_runner.models import IsolatedUser
 from pactown_runner.registry import Registry, SandboxRow
 from tests import hostsweep
-from tests.supervising import ROOT, Start, eventually, lines, processes_of, python, soon, spec
+from tests.supervising import ROOT, Start, eventually, leftovers, lines, processes_of, python, soon, spec
 
 if TYPE_CHECKING:
     from tests.hostguard import Run
@@ -303,6 +304,46 @@ async def test_a_removal_can_be_given_up_and_is_finished_later(
     assert await asyncio.to_thread(finish_removals, host) == [user]
 
 
+async def test_a_supervisor_that_ends_gives_a_removal_up(
+    settings: Settings, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Supervisor(settings=settings) as supervisor:
+        user = await make(supervisor, own)
+        monkeypatch.setattr(traces, "_EMPTY_HOME", "touch emptying; exec sleep 1000")
+        for cancelled in (True, False):
+            work = asyncio.create_task(supervisor.users.delete(own))
+            await eventually((user.home_dir / "emptying").exists)
+            if cancelled:
+                work.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await soon(work)
+                (user.home_dir / "emptying").unlink()
+    with pytest.raises(StateError, match="given up"):
+        await soon(work)
+    assert processes_of(user.linux_uid) == {}
+    assert leftovers(settings) == []
+    monkeypatch.undo()
+    async with Supervisor(settings=settings) as supervisor:
+        await eventually(lambda: not user.home_dir.exists())
+
+
+@pytest.mark.parametrize("delete_home", [True, False])
+async def test_what_an_import_left_goes_with_its_user(
+    supervisor: Supervisor, host: Host, own: str, other_id: str, *, delete_home: bool
+) -> None:
+    user, other = await make(supervisor, own), await make(supervisor, other_id)
+    left, others = (FreshHome(one.home_dir.parent, one.key, "0123456789abcdef").path for one in (user, other))
+    for path, one in ((left, user), (others, other)):
+        (path / "shut/deep").mkdir(parents=True)
+        (path / "shut/deep/file").write_text("")
+        subprocess.run(["chown", "-R", f"{one.linux_uid}:{one.linux_uid}", path], check=True)
+        (path / "shut").chmod(0)
+    await delete(host, own, delete_home=delete_home)
+    assert (left.exists(), others.exists(), user.home_dir.exists()) == (False, True, not delete_home)
+    await delete(host, other_id)
+    assert not others.exists()
+
+
 async def test_two_removals_of_one_user_do_not_meet(
     supervisor: Supervisor, host: Host, own: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -412,8 +453,8 @@ POINTS = {
     "processes": "after(traces, '_end_processes')",
     "swept": "after(removal, 'sweep')",
     "emptying": "after(removal, 'launch_popen', lambda spec, *rest: 'mindepth 1 -delete' in spec.argv[2])",
-    "emptied": "after(removal, 'empty_home')",
-    "home": "after(removal, 'remove_home')",
+    "emptied": "after(removal._Work, 'run', lambda work, script, *rest: 'mindepth 1 -delete' in script)",
+    "home": "after(traces, 'remove_home')",
     "logs": "after(removal._Work, 'remove_logs')",
     "userdel": "after(accounts, '_run', lambda command: command[0] == 'userdel')",
     "tombstone": "after(Registry, 'tombstone')",

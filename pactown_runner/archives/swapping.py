@@ -9,13 +9,12 @@ import ctypes
 import functools
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import RunnerError
-from ..home_dirs import make_home
+from ..home_dirs import FreshHome, fresh_homes, make_home
 from ..host import Host
 from ..jobs import Stop
 from ..models import IsolatedUser
@@ -28,7 +27,6 @@ __all__ = ["REMOVAL_TIMEOUT", "fresh_home", "remove_home", "swap", "sweep_fresh_
 REMOVAL_TIMEOUT = 600.0
 """Seconds for removing what is not needed any more. What is left then is tried again when a supervisor begins."""
 
-_FRESH = re.compile(r"\.fresh-([0-9a-f]{8,24})-([0-9a-f]{16})")
 _RENAME_EXCHANGE = 2
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -44,7 +42,7 @@ def fresh_home(host: Host, user: IsolatedUser, run_id: str) -> Path:
     Raises:
         AccountError: see `make_home`.
     """
-    path = user.home_dir.with_name(f".fresh-{user.key}-{run_id}")
+    path = FreshHome(user.home_dir.parent, user.key, run_id).path
     make_home(path.parent, path.name, user.linux_uid, user.linux_gid)
     return path
 
@@ -98,24 +96,19 @@ def _removed(path: Path) -> bool:
     return True
 
 
-def sweep_fresh_homes(host: Host, key: str | None = None) -> None:
+def sweep_fresh_homes(host: Host) -> None:
     """Remove what interrupted imports left; blocking, for as long as that takes.
 
-    To be called when dead owners' rows have been taken over, and before a user is removed.
-
-    Args:
-        key: of one user only, by that one's key.
+    To be called when dead owners' rows have been taken over. A user's removal does this itself.
     """
     # In this order: a row is there before what it names, so what has none by now is not about to get one.
-    found = [(match, name) for name in os.listdir(host.settings.users_base) if (match := _FRESH.fullmatch(name))]
-    for match, name in found:
-        found_key, run_id = match.groups()
-        row = host.registry.row(found_key, HOLD)
-        saas_user_id = host.registry.key_holder(found_key)
-        if key not in (None, found_key) or saas_user_id is None or (row is not None and row.run_id == run_id):
+    for fresh in fresh_homes(host.settings.users_base):
+        row = host.registry.row(fresh.key, HOLD)
+        saas_user_id = host.registry.key_holder(fresh.key)
+        if saas_user_id is None or (row is not None and row.run_id == fresh.run_id):
             continue  # another state's, or in use
-        _log.warning("removing %s, which an interrupted import left", name)
-        _sweep(host, saas_user_id, host.settings.users_base / name)
+        _log.warning("removing %s, which an interrupted import left", fresh.path)
+        _sweep(host, saas_user_id, fresh.path)
 
 
 def _sweep(host: Host, saas_user_id: str, path: Path) -> None:

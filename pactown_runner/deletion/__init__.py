@@ -7,6 +7,6 @@ means of `processes`, `kernel_objects` and `spools`, which know one kind each, a
 from __future__ import annotations
 
 from .removal import delete_user, finish_removals
-from .traces import RunAs, empty_home, sweep
+from .traces import RunAs, remove_homes, sweep
 
-__all__ = ["RunAs", "delete_user", "empty_home", "finish_removals", "sweep"]
+__all__ = ["RunAs", "delete_user", "finish_removals", "remove_homes", "sweep"]

@@ -25,14 +25,14 @@ from pathlib import Path
 from cgroups import MAX, Cgroup, CgroupError, GoneError, Limits
 
 from ..errors import RunnerError, StateError
-from ..home_dirs import keep_home, remove_home
+from ..home_dirs import keep_home
 from ..host import Claim, Host
 from ..launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_popen
 from ..logs import LogPaths
 from ..models import IsolatedUser
 from ..registry import Removal, SandboxRow
 from ..trees import end_all, slice_name
-from .traces import empty_home, sweep
+from .traces import remove_homes, sweep
 
 __all__ = ["delete_user", "finish_removals"]
 
@@ -118,9 +118,7 @@ def _finish(host: Host, user: IsolatedUser, removal: Removal, give_up: threading
             keep_home(user.home_dir, user.linux_uid)
         if host.users.root_mode:
             sweep(user, work.run)
-        if removal.delete_home:
-            empty_home(user, work.run)
-            remove_home(user.home_dir)
+        remove_homes(user, work.run, kept=not removal.delete_home)
         if removal.delete_logs:
             work.remove_logs()
         host.users.remove_account(user)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import StateError
-from ..home_dirs import open_up_home
+from ..home_dirs import fresh_homes, open_up_home, remove_home
 from ..models import IsolatedUser
 from ..trees import END_TIMEOUT
 from .kernel_objects import remove_ipc, remove_keys, remove_queues
 from .processes import end_processes
 from .spools import remove_mail, remove_schedules
 
-__all__ = ["RunAs", "empty_home", "sweep"]
+__all__ = ["RunAs", "remove_homes", "sweep"]
 
 _log = logging.getLogger(__name__)
 
@@ -90,14 +91,22 @@ def sweep(user: IsolatedUser, run_as: RunAs) -> None:
         _log.info("removed %d kernel objects of uid %d, and %s", objects, uid, ", ".join(found) or "no files")
 
 
-def empty_home(user: IsolatedUser, run_as: RunAs) -> None:
-    """Remove all that is in the home, as far as the tenant can. What it could not shows when the home is removed.
+def remove_homes(user: IsolatedUser, run_as: RunAs, *, kept: bool = False) -> None:
+    """Remove a tenant's home, and what imports that were cut short have left beside it.
 
-    Raises: as `home_dirs.open_up_home`.
+    Args:
+        kept: all but the home itself.
+
+    Raises: as `home_dirs.open_up_home` and `home_dirs.remove_home`.
     """
-    # One that never became the tenant's is empty, or not ours.
-    if open_up_home(user.home_dir, user.linux_uid):
-        run_as(_EMPTY_HOME, user.home_dir, HOME_SECONDS)
+    homes = [] if kept else [user.home_dir]
+    with suppress(FileNotFoundError):
+        homes += [fresh.path for fresh in fresh_homes(user.home_dir.parent) if fresh.key == user.key]
+    for home in homes:
+        # As far as the tenant can; what it could not shows then. One that never became its own is empty, or not ours.
+        if open_up_home(home, user.linux_uid):
+            run_as(_EMPTY_HOME, home, HOME_SECONDS)
+        remove_home(home)
 
 
 def _end_processes(uid: int, run_as: RunAs) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tarfile
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -240,11 +241,13 @@ async def test_a_start_waits(supervisor: Supervisor, host: Host, user: IsolatedU
             await waits(supervisor)
             assert not starting.done()
             assert [row.service_id for row in host.registry.rows()] == ["_hold"]
+            before = time.monotonic()
         sandbox = await soon(starting)
         if kind == "run":
             outcome = await soon(sandbox.wait())
             # The time that it waited is none of its own.
-            assert (outcome.reason, outcome.wall_seconds >= 0.2) == ("timed-out", True)
+            assert outcome.reason == "timed-out"
+            assert outcome.wall_seconds <= time.monotonic() - before
         else:
             assert sandbox.state is State.RUNNING
             await soon(sandbox.stop(0))
