@@ -16,7 +16,7 @@ from urllib.request import urlopen
 import pytest
 
 from tests import hostguard
-from tests.documents import blocks
+from tests.sections import commands
 from tests.supervising import ROOT, eventually
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ REBOOT = Path("/srv/results/reboot")
 LIMITS = {"memory.max": str(64 << 20), "pids.max": "16", "cpu.max": "50000 100000"}
 
 
-def typed(commands: str) -> str:
+def typed(text: str) -> str:
     """Type commands into a shell; what they print."""
-    done = subprocess.run(["sh", "-e"], input=commands, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, (commands, done.stdout, done.stderr, journal())
+    done = subprocess.run(["sh", "-e"], input=text, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, (text, done.stdout, done.stderr, journal())
     return done.stdout
 
 
@@ -84,13 +84,13 @@ def installed() -> None:
     program.chmod(0o755)
     (PREFIX / "share").mkdir()
     (PREFIX / "share/pactown-runner").symlink_to(ROOT / "deploy")
-    typed(blocks("operations.md", "Install")[0].splitlines()[3])
+    typed(commands("operations.md", "Install")[0].splitlines()[3])
 
 
 @pytest.mark.guest(boot=1)
 @pytest.mark.usefixtures("installed")
 async def test_a_service_starts_where_the_units_were_installed_as_documented(test_run: Run) -> None:
-    units, start = blocks("operations.md", "Install the units")
+    units, start = commands("operations.md", "Install the units")
     typed(units)
     assert json.loads(typed(start)).items() >= {"user_id": "demo", "service_id": "web"}.items()
     found = await ready()
