@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from . import doctor, files, logs, purge, run, serve, users
+from . import doctor, events, files, logs, purge, run, sandboxes, serve, starting, usage, users
 from . import exec as exec_
 
 __all__ = ["make_app"]
 
-_COMMANDS = (run, serve, exec_, logs, files, users, doctor, purge)
+_COMMANDS = (run, serve, starting, sandboxes, exec_, logs, usage, events, files, users, doctor, purge)
 """Each adds itself with `register(app)`; the help lists them in this order, and groups of commands last."""
 
 

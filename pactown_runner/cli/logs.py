@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from .messages import LOOK_FOR_USERS, errors_told, look_for_services
-from .options import Config, Raw, UsersBase, load_settings
+from .asking import with_remedies
+from .messages import FAILED, LOOK_FOR_USERS, errors_told, look_for_services
+from .options import Config, Raw, Server, Service, User, UsersBase, load_settings
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from ..client import Client
     from ..config import Settings
+    from ..models import LogRecord
+    from .log_view import JsonView, View
 
 __all__ = ["register"]
 
@@ -25,8 +31,8 @@ def register(app: typer.Typer) -> None:
 
 
 def logs(
-    user: Annotated[str, typer.Argument(metavar="USER", help="The tenant's id.", show_default=False)],
-    service: Annotated[str, typer.Argument(metavar="SERVICE", show_default=False)],
+    user: User,
+    service: Service,
     *,
     lines: Annotated[
         int | None,
@@ -48,19 +54,31 @@ def logs(
         bool, typer.Option("--json", help="Write one JSON object a line to standard output, with number and time.")
     ] = False,
     raw: Raw = False,
+    server: Server = None,
     users_base: UsersBase = None,
     config: Config = None,
 ) -> None:
     """Show what a service has printed, over all its runs, whether it runs or not.
 
     What it wrote to standard error comes out on standard error. Control characters are shown as \\x1b and the like.
+    It is read from this host's files, so that no server need run; with --server from that one, and then -f ends with
+    the service.
     """
-    begin = _since(since)
-    with errors_told(1, as_json=as_json):
+    wanted = _Wanted(_since(since), lines, follow)
+    with errors_told(FAILED, as_json=as_json):
+        from .log_view import JsonView, View  # noqa: PLC0415
+
+        view = JsonView() if as_json else View(raw=raw)
+        if server is not None:
+            from .connecting import asked  # noqa: PLC0415 - httpx takes 70 ms
+
+            with with_remedies():
+                asked(server, users_base, config, lambda client: _relay_served(client, user, service, wanted, view))
+            return
         import asyncio  # noqa: PLC0415
 
         path = _log_of(load_settings(users_base, config), user, service, may_come=follow)
-        asyncio.run(_show(path, begin, lines=lines, follow=follow, as_json=as_json, raw=raw))
+        asyncio.run(_relay_file(path, wanted, view))
 
 
 # ---- Where to begin
@@ -69,6 +87,19 @@ def logs(
 class _Since(NamedTuple):
     seq: int = 0
     time: float | None = None
+
+
+class _Wanted(NamedTuple):
+    """What of the log."""
+
+    begin: _Since
+    tail: int | None
+    follow: bool
+
+    @property
+    def first(self) -> int | None:
+        """The number of the first record that there should be; None where what was before is not missed."""
+        return self.begin.seq + 1 if self.begin.time is None and self.tail is None else None
 
 
 _AGO = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
@@ -113,19 +144,44 @@ def _log_of(settings: Settings, user_id: str, service_id: str, *, may_come: bool
         raise NotFoundError(f"there is no user {user_id!r} in {settings.state_dir}", remedy=LOOK_FOR_USERS)
     path = LogPaths(settings.log_dir, settings.run_dir, row.key).log(service_id)
     if not Path(path).exists() and not (may_come and runs):
-        raise NotFoundError(
-            f"service {service_id!r} of user {user_id!r} has printed nothing yet, or never ran",
-            remedy=look_for_services(user_id),
-        )
+        raise _nothing_printed(user_id, service_id, remedy=look_for_services(user_id))
     return path
 
 
-async def _show(path: str, begin: _Since, *, lines: int | None, follow: bool, as_json: bool, raw: bool) -> None:
+def _nothing_printed(user_id: str, service_id: str, remedy: str | None = None) -> Exception:
+    from ..errors import NotFoundError  # noqa: PLC0415
+
+    return NotFoundError(
+        f"service {service_id!r} of user {user_id!r} has printed nothing yet, or never ran", remedy=remedy
+    )
+
+
+async def _relay_file(path: str, wanted: _Wanted, view: View | JsonView) -> None:
     from ..logs import read_log  # noqa: PLC0415
-    from .log_view import JsonView, View, with_gaps  # noqa: PLC0415
+    from .log_view import with_gaps  # noqa: PLC0415
     from .output import relay  # noqa: PLC0415
 
-    records = read_log(path, follow=follow, since_seq=begin.seq, since_time=begin.time, tail=lines)
-    # From a time on, or the last lines only: then what was before is not missed.
-    first = begin.seq + 1 if begin.time is None and lines is None else None
-    await relay(with_gaps(records, first), JsonView() if as_json else View(raw=raw))
+    begin, tail, follow = wanted
+    records = read_log(path, follow=follow, since_seq=begin.seq, since_time=begin.time, tail=tail)
+    await relay(with_gaps(records, wanted.first), view)
+
+
+async def _relay_served(client: Client, user: str, service: str, wanted: _Wanted, view: View | JsonView) -> None:
+    from .log_view import with_gaps  # noqa: PLC0415
+    from .output import relay  # noqa: PLC0415
+
+    begin, tail, follow = wanted
+    since = begin.seq or None
+    async with client.logs(user, service, follow=follow, since=since, tail=tail, reconnect=follow) as records:
+        await relay(with_gaps(_from_time(records, begin.time), wanted.first), view)
+    if records.cursor is None and tail != 0:
+        raise _nothing_printed(user, service)
+
+
+async def _from_time(records: AsyncIterator[LogRecord], time: float | None) -> AsyncGenerator[LogRecord, None]:
+    """The records from the first one on that is not older: a server knows of numbers only."""
+    begun = time is None
+    async for record in records:
+        begun = begun or time is None or record.ts >= time
+        if begun:
+            yield record

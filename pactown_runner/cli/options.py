@@ -19,7 +19,9 @@ __all__ = [
     "Cpu",
     "Cwd",
     "Env",
+    "Grace",
     "Json",
+    "JsonLines",
     "Memory",
     "Pids",
     "Raw",
@@ -28,6 +30,7 @@ __all__ = [
     "Stdin",
     "User",
     "UsersBase",
+    "Watch",
     "environment_of",
     "limits_of",
     "load_settings",
@@ -89,6 +92,18 @@ Pids = Annotated[
     str | None,
     typer.Option("--pids", metavar="N", help="Processes and threads.", show_default=False, rich_help_panel=_LIMITS),
 ]
+Grace = Annotated[
+    float | None,
+    typer.Option(
+        "--grace",
+        metavar="SECONDS",
+        help="From SIGTERM to SIGKILL when it is stopped; else as the settings say.",
+        show_default=False,
+        min=0,
+    ),
+]
+Watch = Annotated[bool, typer.Option("-w", "--watch", help="Look again every second, until interrupted.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Write one JSON object a line to standard output.")]
 Raw = Annotated[
     bool,
     typer.Option(

@@ -91,3 +91,20 @@ def nothing_runs(settings: Settings, test_run: Run) -> Callable[[], None]:
 def run_words(*command: str, service: str = "probe") -> list[str]:
     """The words that run `command` as this test's user."""
     return ["run", "--user", USER, "--service", service, "--", *command]
+
+
+@pytest.fixture
+def serving(start: Start) -> subprocess.Popen[bytes]:
+    """A server of this test's own, ready to be asked."""
+    return ready(start("serve"))
+
+
+def ready(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    """Wait until a server can be asked."""
+    assert process.stderr is not None
+    told = []
+    for line in process.stderr:
+        told.append(line)
+        if b"looking after" in line:
+            return process
+    raise AssertionError(f"it ended instead: {told}")
