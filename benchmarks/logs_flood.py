@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import time
 from collections import Counter
@@ -70,14 +71,13 @@ async def start_others(supervisor: Supervisor, until: float) -> tuple[list[float
 
 def taken(directory: Path) -> int:
     """What a tenant's logs and spools take now."""
-    total = 0
+    sizes = {}
     for path in (*directory.glob("*.jsonl*"), *directory.glob(".spool/*")):
-        try:
+        with contextlib.suppress(FileNotFoundError):
             found = path.stat()
-        except FileNotFoundError:
-            continue
-        total += found.st_size if path.parent == directory else found.st_blocks * 512
-    return total
+            # One that is just being put aside has two names.
+            sizes[found.st_ino] = found.st_size if path.parent == directory else found.st_blocks * 512
+    return sum(sizes.values())
 
 
 async def watch(log_dir: Path, until: float) -> tuple[int, list[int]]:

@@ -51,7 +51,10 @@ class Settings:
         on_exit: what becomes of what runs when a supervisor ends in order: it is stopped, or left running for the next.
         log_rotate_bytes: a service's log is put aside at this size, and a new one begun.
         log_keep: how many that were put aside are kept of each service.
-        log_cap_bytes: the most bytes that all logs of one tenant take; beyond it the oldest are dropped.
+        log_cap_bytes: the most bytes that all logs of one tenant take, with what was printed and is not in them yet;
+            beyond it the oldest records are dropped. Each further process that writes logs of the tenant at the same
+            time may go beyond it by a sixteenth. What is not in a log yet is never dropped, and may take 3 MiB of each
+            stream that floods.
         log_rate_bytes: bytes that one tenant may print per second, over all its sandboxes; None for no end.
         log_rate_policy: what becomes of output beyond that: its writer waits (`block`), or it is dropped and counted.
         max_sandboxes: the most that run on this host at once, over all tenants; None for no end.

@@ -70,11 +70,8 @@ class Fifo:
             raise LogError(f"cannot take the output of a running sandbox: {self.path} is gone") from error
 
     def waiting(self) -> int:
-        """Bytes that can be taken now, `FIONREAD` in `ioctl_pipe(2)`."""
-        if self.fd < 0:
-            return 0
-        answer = fcntl.ioctl(self.fd, termios.FIONREAD, b"\0\0\0\0")
-        return int(struct.unpack("i", answer)[0])
+        """Bytes that can be taken now."""
+        return waiting(self.fd) if self.fd >= 0 else 0
 
     def close_child(self) -> None:
         """Close the sandbox's end here; it has its own copy."""
@@ -93,3 +90,9 @@ class Fifo:
         """Remove the name, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
+
+
+def waiting(fd: int) -> int:
+    """Bytes that can be read from a FIFO now, `FIONREAD` in `ioctl_pipe(2)`."""
+    answer = fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0")
+    return int(struct.unpack("i", answer)[0])

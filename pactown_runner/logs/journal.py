@@ -149,6 +149,7 @@ class Journal:
 
     def _replace(self, mark: bytes, aside: int | None) -> None:
         fd = begin_anew(self.path, mark, aside)
+        self._tenant.give_room(-len(mark))
         give_up(self._fd)
         self._fd = fd
         self._size = len(mark)

@@ -14,10 +14,13 @@ import os
 from .errors import LogError
 from .paths import private_directory
 
-__all__ = ["PUNCH_STEP", "Spool"]
+__all__ = ["BLOCK_BYTES", "PUNCH_STEP", "Spool"]
 
 PUNCH_STEP = 1 << 20
 """Bytes, a multiple of every usual block size: a hole that ends inside a block does not free that block."""
+
+BLOCK_BYTES = 4096
+"""What a file takes on the disk is a multiple of this."""
 
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _FALLOC_FL_KEEP_SIZE = 1
@@ -66,6 +69,11 @@ class Spool:
         self._fd = fd
         self.size = max(size, start)
         self._punched = start - start % PUNCH_STEP
+
+    @property
+    def room(self) -> int:
+        """The most bytes that it takes of the disk."""
+        return -(-self.size // BLOCK_BYTES) * BLOCK_BYTES - self._punched
 
     def take(self, fifo_fd: int, limit: int) -> int:
         """Move up to `limit` bytes from a FIFO to the end of the spool; 0 if none wait.

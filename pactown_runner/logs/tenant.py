@@ -50,16 +50,25 @@ class TenantLogs:
     def _step(self) -> int:
         return min(self.limits.rotate_bytes, self.limits.cap_bytes // _STEPS)
 
+    def is_tight(self, count: int) -> bool:
+        """Whether `make_room` for so many bytes would look at the disk."""
+        return self._unseen + count > self._step
+
     def make_room(self, count: int) -> None:
-        """Hold the cap, now that so many bytes will be written; looks at the disk now and then only.
+        """Hold the cap, now that so many bytes of a log or spool will be written; looks at the disk now and then only.
 
         What cannot be dropped is told in the supervisor's own log, and no reason not to write.
         """
-        self._unseen += count
-        if self._unseen > self._step:
+        if not self.is_tight(count):
+            self._unseen += count
+        else:
             self._unseen = count
             # Until the next look there will be a step more.
             hold_cap(self.paths, self.limits.cap_bytes - self._step - count, self.journals)
+
+    def give_room(self, count: int) -> None:
+        """So many of the bytes that there was made room for were not written, or are gone again."""
+        self._unseen -= count
 
 
 class LogTenants:

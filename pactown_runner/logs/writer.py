@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
+from .fifo import waiting
 from .journal import Journal
 from .paths import STREAMS, LogPaths
 from .records import PIECE_BYTES, Piece, record_logger, split
-from .spool import Spool
+from .spool import BLOCK_BYTES, Spool
 from .tenant import TenantLogs
 
 __all__ = ["READ_BYTES", "Writer"]
@@ -34,11 +35,12 @@ class Writer:
         seq: the number of the last record that was rendered; it may still be on its way to a full disk.
     """
 
-    __slots__ = ("_dropped", "_ends", "_journal", "_logger", "_rate", "_spools", "seq")
+    __slots__ = ("_dropped", "_ends", "_journal", "_logger", "_rate", "_spools", "_tenant", "seq")
 
     def __init__(self, paths: LogPaths, user_id: str, service_id: str, run_id: str, tenant: TenantLogs) -> None:
         out, err = paths.spools(service_id, run_id)
         self._spools = (Spool(out), Spool(err))
+        self._tenant = tenant
         self._journal = Journal(tenant, service_id)
         self._logger = record_logger(user_id, service_id, run_id)
         self._rate = tenant.rate if tenant.rate is not None and tenant.rate.drops else None
@@ -72,6 +74,7 @@ class Writer:
         """Remove the spools, all of which is in the log."""
         for spool in self._spools:
             spool.remove()
+            self._tenant.give_room(spool.room)
 
     # ---- A stream
 
@@ -81,7 +84,18 @@ class Writer:
         Raises:
             OSError: see `Spool.take`.
         """
-        return self._spools[index].take(fifo_fd, limit)
+        spool, tenant = self._spools[index], self._tenant
+        if tenant.is_tight(limit + BLOCK_BYTES):
+            # A look costs more than to ask how much there is.
+            limit = min(limit, waiting(fifo_fd))
+        if not limit:
+            return 0
+        before = spool.room
+        tenant.make_room(limit + BLOCK_BYTES)
+        try:
+            return spool.take(fifo_fd, limit)
+        finally:
+            tenant.give_room(limit + BLOCK_BYTES - (spool.room - before))
 
     def backlog(self, index: int) -> int:
         """A stream's bytes that are in the spool and neither in the log nor dropped."""
@@ -131,7 +145,9 @@ class Writer:
     def _append(self, batch: list[bytes]) -> None:
         self._journal.write(b"".join(batch))
         for spool, end in zip(self._spools, self._ends, strict=True):
+            before = spool.room
             spool.give_back(end)
+            self._tenant.give_room(before - spool.room)
 
     def flush(self) -> None:
         """Write what a full disk kept from being written.

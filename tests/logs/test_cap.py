@@ -14,6 +14,7 @@ import pytest
 from pactown_runner.logs import LogPaths, TenantLogs
 from pactown_runner.logs.journal import Journal
 from pactown_runner.logs.records import record_logger
+from pactown_runner.logs.writer import Writer
 from tests.logs.conftest import USER, MakePump, Write, files, limited, records, soon
 
 WIDTH = 900
@@ -162,6 +163,42 @@ async def test_spools_count(make_pump: MakePump, write: Write, paths: LogPaths) 
     log(limited(paths, cap_bytes=160_000), "new", 1)
     assert await kept(paths, "ended") == []
     assert Path(paths.spools("left", "r1")[0]).exists()
+
+
+def allocated(paths: LogPaths) -> int:
+    """What logs and spools take on the disk."""
+    spools = list(Path(paths.spool_dir).iterdir())
+    return total(paths) + sum(path.stat().st_blocks * 512 for path in spools)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+async def test_raw_output_that_waits_counts_whenever_it_comes(paths: LogPaths, drops: bool) -> None:
+    """The room of a spool comes and goes in steps of a megabyte, most of it between two looks at the disk."""
+    cap = 12 << 20
+    rate = {"rate_bytes": 4096, "rate_policy": "drop"} if drops else {}
+    tenant = limited(paths, rotate_bytes=cap // 8, keep=50, cap_bytes=cap, **rate)
+    writers = [Writer(paths, USER, name, "r1", tenant) for name in ("a", "b")]
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    most, line = 0, b"%0*d\n" % (WIDTH, 7)
+    try:
+        log(limited(paths, rotate_bytes=cap // 8, keep=50), "ended", cap // 1000)
+        for writer in writers:
+            writer.open("r1", resumed=False)
+        for turn in range(1000):
+            writer = writers[turn % 2]
+            os.write(writing, line * 72)
+            while writer.take(0, reading, 1 << 18):
+                most = max(most, allocated(paths))
+            if writer.backlog(0) >= 1 << 19:
+                while writer.render(0):
+                    most = max(most, allocated(paths))
+        most = max(most, allocated(paths))
+    finally:
+        os.close(reading)
+        os.close(writing)
+        for writer in writers:
+            writer.close()
+    assert cap * 0.7 < most <= cap
 
 
 async def test_what_is_no_log_is_neither_counted_nor_touched(paths: LogPaths) -> None:
