@@ -99,6 +99,11 @@ class Attempt:
         # A run that was taken over began before this process did.
         self._began = time.monotonic() - max(0.0, time.time() - run.started_at)
 
+    @property
+    def age(self) -> float:
+        """Seconds since it was begun, without those in which its tenant was held or an environment was made."""
+        return time.monotonic() - self._began
+
     async def go(self, listener: Listener, claiming: Claiming | None) -> Outcome:
         """Begin and end it.
 

@@ -19,7 +19,8 @@ from typing import Literal
 from cgroups import CgroupError, Limits
 
 from .attempt import HELD_PAUSE, Attempt, LeftError
-from .errors import RunnerError, SpecError, StartError, StateError
+from .errors import AdmissionError, RunnerError, SpecError, StartError, StateError
+from .events import NoteKind
 from .holdings import Claiming, Holdings, Run
 from .host import Claim, LoopHost
 from .lifecycle import Action, Life, Trigger, Wish
@@ -188,6 +189,11 @@ class Course:
         spec = self.run.spec
         self._host.events.tell(kind, spec.user_id, spec.service_id, self.run.run_id, **details)
 
+    def note(self, kind: NoteKind, **details: object) -> None:
+        """Tell those who count."""
+        spec = self.run.spec
+        self._host.events.note(kind, spec.user_id, spec.service_id, self.run.run_id, **details)
+
     # What its attempt tells -------------------------------------------------------------------------------------
 
     def executed(self, held: Holdings) -> None:
@@ -196,7 +202,8 @@ class Course:
         self.failure = None
         self.feed_life(Trigger.FROZE if held.frozen else Trigger.EXECUTED)
         kind: EventKind = "restarted" if self.restarts else "adopted" if self._beginning == "adopt" else "started"
-        self.tell(kind, pid=self.attempt.program.pid, **_told(self.last_outcome))
+        seconds = {} if kind == "adopted" else {"seconds": round(self.attempt.age, 6)}
+        self.tell(kind, pid=self.attempt.program.pid, **seconds, **_told(self.last_outcome))
         self.started.set()
         if self._leaving:
             self.attempt.leave()
@@ -235,6 +242,7 @@ class Course:
         finally:
             self._life = replace(self._life, state=State.ENDED)
             self._on_end()
+            self.note("gone")
             self.feed.close()
             self.started.set()
             self.settled.set()
@@ -247,7 +255,9 @@ class Course:
             self.attempt.dismiss()
             self.started.set()
             self.exited()
-            action = self._decide(Outcome(reason="lost", message="ended while no supervisor was there to see it"))
+            lost = Outcome(reason="lost", message="ended while no supervisor was there to see it")
+            self.note("ended", outcome=lost)
+            action = self._decide(lost)
         while True:
             if action is Action.LAUNCH:
                 action = await self._attempt_once()
@@ -278,10 +288,21 @@ class Course:
                 self._life, action = self._life.held(time.monotonic() + HELD_PAUSE)
                 return action
             failure = self._understood(error)
-            if not await self._survives(failure, first=first):
-                raise failure from None
+            survives = await self._survives(failure, first=first)
             outcome = _unstarted(failure) if not self.attempt.started else Outcome(reason="lost", message=str(failure))
+            self._note_failure(failure, outcome, survives=survives)
+            if not survives:
+                raise failure from None
+        else:
+            self.note("ended", outcome=outcome)
         return self._decide(outcome)
+
+    def _note_failure(self, failure: Exception, outcome: Outcome, *, survives: bool) -> None:
+        """What is refused has not begun, and neither has what was never tried."""
+        if isinstance(failure, AdmissionError):
+            self.note("refused", limit=failure.limit)
+        elif survives or self.attempt.started or isinstance(failure, StartError):
+            self.note("ended", outcome=outcome)
 
     async def _survives(self, failure: Exception, *, first: bool) -> bool:
         """Whether a run that failed, rather than ended, leaves the sandbox alive, to try again."""

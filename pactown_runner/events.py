@@ -7,14 +7,26 @@ told how many it missed.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
 from .models import Event, EventKind
 
-__all__ = ["EventBus", "EventReader"]
+__all__ = ["EventBus", "EventReader", "Listener", "NoteKind"]
+
+_log = logging.getLogger(__name__)
+
+NoteKind = Literal["ended", "gone", "logged", "refused"]
+"""What listeners hear besides events, for who counts: a run has ended (its `outcome`), whatever comes then; a sandbox
+has ended for good, or was left; so many `lines` and `bytes` were logged, `dropped_lines` and `dropped_bytes` dropped;
+a start was refused (the `limit`)."""
+
+Listener = Callable[[EventKind | NoteKind, str, str | None, str | None, Mapping[str, Any]], None]
+"""Is called with what happened, the user's id, the service's, the run's and details."""
 
 
 class EventBus:
@@ -22,10 +34,12 @@ class EventBus:
 
     Args:
         buffer: how many events are kept for a reader that has not come for them.
+        listeners: are called with each event and note at once, and hence miss none. They must be quick.
     """
 
-    def __init__(self, buffer: int) -> None:
+    def __init__(self, buffer: int, listeners: Sequence[Listener] = ()) -> None:
         self._buffer = buffer
+        self._listeners = listeners
         self._closed = False
         # A reader that nobody holds any more needs no closing. One that is waited on may be held by the waiting task
         # alone, and that task by nothing but what it waits for: so that is held here.
@@ -39,13 +53,30 @@ class EventBus:
     def tell(
         self, kind: EventKind, user_id: str, service_id: str | None = None, run_id: str | None = None, **details: Any
     ) -> None:
-        """Tell all readers."""
+        """Tell all readers and listeners."""
+        self.note(kind, user_id, service_id, run_id, **details)
         if self._readers:
             event = Event(
                 kind=kind, ts=time.time(), user_id=user_id, service_id=service_id, run_id=run_id, details=details
             )
             for reader in self._readers:
                 reader._put(event)
+
+    def note(
+        self,
+        kind: EventKind | NoteKind,
+        user_id: str,
+        service_id: str | None = None,
+        run_id: str | None = None,
+        **details: Any,
+    ) -> None:
+        """Tell listeners only."""
+        for listener in self._listeners:
+            try:
+                listener(kind, user_id, service_id, run_id, details)
+            except Exception:
+                # Whoever counts wrong is to end nobody's sandbox.
+                _log.exception("a listener failed at %r", kind)
 
     def read(self) -> EventReader:
         """A reader of all events from now on; after `close` there are none."""

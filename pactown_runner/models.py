@@ -225,11 +225,12 @@ class Event:
         user_id: whose; empty for `missed`.
         service_id: the sandbox's; None where the user as a whole is meant.
         run_id: the run's, or None.
-        details: more, by kind. `started`, `restarted`, `adopted`: the `pid`; `restarted`, `stopped`, `crash-looping`:
-            the last outcome's `reason` and `message`; `unhealthy`: the `reason`; `oom`: the `count` of kills and
-            the `level` of the limit (`service`, `tenant` or None); `pressure`: the `resource`, `avg10` (percent) and
-            `total_usec` (microseconds); `throttled`: the `share` of the time and `usec`; `limit-changed`: the `limits`
-            in effect; `missed`: the `count`.
+        details: more, by kind. `started`, `restarted`, `adopted`: the `pid`; `started`, `restarted`: the `seconds` that
+            it took, without those in which an environment was made; `restarted`, `stopped`, `crash-looping`: the last
+            outcome's `reason` and `message`; `unhealthy`: the `reason`; `oom`: the `count` of kills and the `level` of
+            the limit (`service`, `tenant` or None); `pressure`: the `resource`, `avg10` (percent) and `total_usec`
+            (microseconds); `throttled`: the `share` of the time and `usec`; `limit-changed`: the `limits` in effect;
+            `missed`: the `count`.
     """
 
     kind: EventKind

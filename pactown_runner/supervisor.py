@@ -24,8 +24,17 @@ from .archives import sweep_fresh_homes
 from .config import Settings
 from .course import Beginning, Course
 from .deletion import finish_removals
-from .errors import AlreadyRunningError, NotFoundError, RunnerError, SpecError, StartError, StateError, TreeError
-from .events import EventBus, EventReader
+from .errors import (
+    AdmissionError,
+    AlreadyRunningError,
+    NotFoundError,
+    RunnerError,
+    SpecError,
+    StartError,
+    StateError,
+    TreeError,
+)
+from .events import EventBus, EventReader, Listener
 from .exits import reap_late
 from .holdings import Run
 from .homes import SandboxFiles
@@ -91,7 +100,8 @@ class Supervisor:
         self._store = store or DescriptorStore()
         self._host: LoopHost | None = None
         self._files: SandboxFiles | None = None
-        self._events = EventBus(settings.event_buffer)
+        self._listeners: list[Listener] = []
+        self._events = EventBus(settings.event_buffer, self._listeners)
         self._refusal: RunnerError = StateError("the supervisor is not running", remedy="use it within `async with`")
         self._held = ExitStack()
         self._sandboxes: dict[tuple[str, str], Sandbox] = {}
@@ -106,7 +116,7 @@ class Supervisor:
         if self._host is not None:
             raise StateError("the supervisor is running already")
         if self._events.closed:
-            self._events = EventBus(self.settings.event_buffer)
+            self._events = EventBus(self.settings.event_buffer, self._listeners)
         hub = LogHub()
         self._held.callback(hub.close)
         try:
@@ -174,7 +184,7 @@ class Supervisor:
             tree=tree,
             owner=owner,
             hub=hub,
-            log_tenants=LogTenants(settings),
+            log_tenants=LogTenants(settings, self._events.note),
             threads=threads,
             quick=quick,
             events=self._events,
@@ -249,6 +259,13 @@ class Supervisor:
         if isinstance(self._refusal, TreeError):
             raise self._refusal
         return self._events.read()
+
+    def listen(self, listener: Listener) -> None:
+        """Have a function called on the loop with all that happens, at once: for who counts, and must miss nothing.
+
+        It must be quick, since starts and logs wait for it. What it raises is logged.
+        """
+        self._listeners.append(listener)
 
     @property
     def files(self) -> SandboxFiles:
@@ -325,6 +342,23 @@ class Supervisor:
             raise self._refusal
         return await stats_of_all(self._host, self.list(user_id), pressure=pressure)
 
+    async def stats_of_users(self, *, pressure: bool = False) -> dict[str, Stats]:
+        """What users with live sandboxes of this supervisor use now, all that runs of each taken together.
+
+        Raises:
+            StateError: the supervisor is not running.
+        """
+        if (host := self._host) is None:
+            raise self._refusal
+        claims = ((sandbox.user_id, sandbox.course.claim) for sandbox in self._sandboxes.values())
+        keys = {user_id: claim[0] for user_id, claim in claims if claim is not None}
+
+        def read() -> dict[str, Stats]:
+            found = {user_id: host.tree.stats(key, pressure=pressure) for user_id, key in keys.items()}
+            return {user_id: stats for user_id, stats in found.items() if stats is not None}
+
+        return await host.in_thread(read)
+
     async def stop(self, user_id: str, service_id: str, grace: float | None = None) -> Outcome:
         """Stop a sandbox, see `Sandbox.stop`.
 
@@ -384,7 +418,11 @@ class Supervisor:
                 raise AlreadyRunningError(f"service {spec.service_id!r} of user {spec.user_id!r} runs already")
             # Somebody tries anew, with another command perhaps.
             await there.course.end()
-        self._host.admission.check(spec, len(self._sandboxes))
+        try:
+            self._host.admission.check(spec, len(self._sandboxes))
+        except AdmissionError as error:
+            self._events.note("refused", spec.user_id, spec.service_id, limit=error.limit)
+            raise
         run = Run(spec, kind, secrets.token_hex(8), time.time())
         sandbox = self._watch_over(self._host, run, "new")
         try:

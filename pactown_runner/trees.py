@@ -20,6 +20,7 @@ from cgroups import (
     CgroupError,
     GoneError,
     Limits,
+    Stats,
     WaitTimeoutError,
 )
 
@@ -114,6 +115,12 @@ class Tree:
             return 0
         with self.slice(key) as group:
             return group.ooms() or 0
+
+    def stats(self, key: str, *, pressure: bool = False) -> Stats | None:
+        """What all that runs of a tenant uses together; None if it has no slice."""
+        with suppress(GoneError), self.root.child(slice_name(key)) as slice_:
+            return slice_.stats(pressure=pressure)
+        return None
 
     def limit(self, key: str, scope: Cgroup, limits: Limits) -> dict[str, str]:
         """Write limits on a scope of this tenant; see `apply_limits`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -16,7 +17,10 @@ from .rate import Rate
 if TYPE_CHECKING:
     from .journal import Journal
 
-__all__ = ["LogTenants", "TenantLogs"]
+__all__ = ["LogTenants", "Note", "TenantLogs"]
+
+Note = Callable[..., None]
+"""Is told what was logged, as `EventBus.note` is."""
 
 _REMEMBERED = 1000
 """Tenants whose rate goes on where it was, though none of their pumps is there any more."""
@@ -30,17 +34,19 @@ class TenantLogs:
     Args:
         paths: the tenant's.
         limits: the tenant's.
+        note: is told what was logged and dropped; None if nobody wants to know.
 
     Attributes:
         journals: the logs that this process writes to now, by path.
         rate: None if there is no limit to it.
     """
 
-    __slots__ = ("__weakref__", "_unseen", "journals", "limits", "paths", "rate")
+    __slots__ = ("__weakref__", "_unseen", "journals", "limits", "note", "paths", "rate")
 
-    def __init__(self, paths: LogPaths, limits: LogLimits) -> None:
+    def __init__(self, paths: LogPaths, limits: LogLimits, note: Note | None = None) -> None:
         self.paths = paths
         self.limits = limits
+        self.note = note
         self.journals: dict[str, Journal] = {}
         self.rate = Rate(limits.rate_bytes, drops=limits.rate_policy == "drop") if limits.rate_bytes else None
         # As much as one may write without looking: a process that lives for a short while looks once.
@@ -76,9 +82,11 @@ class LogTenants:
 
     Args:
         settings: the supervisor's.
+        note: see `TenantLogs`.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, note: Note | None = None) -> None:
+        self._note = note
         self._log_dir = settings.log_dir
         self._run_dir = settings.run_dir
         self._limits = LogLimits.of(settings)
@@ -91,7 +99,7 @@ class LogTenants:
         with self._lock:
             tenant = self._known.get(key)
             if tenant is None:
-                tenant = TenantLogs(LogPaths(self._log_dir, self._run_dir, key), self._limits)
+                tenant = TenantLogs(LogPaths(self._log_dir, self._run_dir, key), self._limits, self._note)
                 self._known[key] = tenant
             self._recent.append(tenant)
         return tenant

@@ -35,7 +35,7 @@ class Writer:
         seq: the number of the last record that was rendered; it may still be on its way to a full disk.
     """
 
-    __slots__ = ("_dropped", "_ends", "_journal", "_logger", "_rate", "_spools", "_tenant", "seq")
+    __slots__ = ("_dropped", "_ends", "_journal", "_logger", "_names", "_note", "_rate", "_spools", "_tenant", "seq")
 
     def __init__(self, paths: LogPaths, user_id: str, service_id: str, run_id: str, tenant: TenantLogs) -> None:
         out, err = paths.spools(service_id, run_id)
@@ -43,6 +43,8 @@ class Writer:
         self._tenant = tenant
         self._journal = Journal(tenant, service_id)
         self._logger = record_logger(user_id, service_id, run_id)
+        self._names = (user_id, service_id, run_id)
+        self._note = tenant.note
         self._rate = tenant.rate if tenant.rate is not None and tenant.rate.drops else None
         self._ends = [0, 0]
         # Lines and bytes of each stream behind its end in the log.
@@ -138,6 +140,9 @@ class Writer:
             pieces, ts=time.time(), seq=self.seq, stream=STREAMS[index], ends=self._ends, index=index
         )
         self.seq += len(pieces)
+        if self._note is not None:
+            lines = sum(not partial for _, _, partial in pieces)
+            self._note("logged", *self._names, lines=lines, bytes=self._ends[index] - before)
         if self._rate is not None:
             self._rate.spend(self._ends[index] - before)
         self._append(batch)
@@ -180,6 +185,8 @@ class Writer:
             return []
         self.seq += 1
         self._dropped[index][:] = (0, 0)
+        if self._note is not None:
+            self._note("logged", *self._names, dropped_lines=lines, dropped_bytes=length)
         return [
             self._logger.count_dropped(
                 lines, length, ts=time.time(), seq=self.seq, stream=STREAMS[index], ends=self._ends, index=index
