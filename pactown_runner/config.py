@@ -85,6 +85,9 @@ class Settings:
         api_connections: how many callers may be connected at once, each by the socket and by TCP.
         api_timeout: seconds for a request's head, between two pieces of its body, and until a caller takes a piece of
             the answer.
+        metrics_services_max: how many services have metrics of their own. Beyond that the smallest go together, with 0
+            all services of a user.
+        metrics_users_max: how many users have metrics of their own.
         tokens: who may call by TCP; see `tokens.Token`. In the file a table each, `[tokens.NAME]`.
         tiers: what the operator may let tenants have; see `tiers.Tier`. In the file a table each, `[tiers.NAME]`.
         venv_python: what executes programs with `requirements`; by default the first Python that tenants can execute.
@@ -138,6 +141,8 @@ class Settings:
     api_head_bytes: int = 16 << 10
     api_connections: int = 256
     api_timeout: float = 30.0
+    metrics_services_max: int = 1000
+    metrics_users_max: int = 1000
     tokens: tuple[Token, ...] = ()
     tiers: tuple[Tier, ...] = DEFAULT_TIERS
     venv_python: Path | None = None
@@ -293,6 +298,8 @@ _WHOLE_NUMBERS = {
     "api_file_bytes": 0,
     "api_head_bytes": 1024,
     "api_connections": 1,
+    "metrics_services_max": 0,
+    "metrics_users_max": 0,
     "venv_keep": 0,
 }
 """And the least that each may be."""
