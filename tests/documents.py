@@ -4,8 +4,9 @@ All blocks of a document are steps of one shell session, in a state and a direct
 
     ```sh        is run; each command has to succeed
     ```console   is typed line by line behind `# `; what stands below a command is what it prints
-    ```python    is run as a program; what `await`s at the top is run within `async with Supervisor() as supervisor`,
-                 one process for all such blocks of a document, at the place of the last of them
+    ```python    is run as a program; what `await`s at the top, or goes on with what did, is run within
+                 `async with Supervisor() as supervisor`: one process for all such blocks of a document, at the place of
+                 the last of them
     ```toml      is put into /etc/pactown/pactown.toml
     ```text      is what the Python above prints
 
@@ -22,6 +23,9 @@ A comment above a block says what is to be different, and nothing else can:
 from __future__ import annotations
 
 import ast
+import builtins
+import contextlib
+import inspect
 import json
 import os
 import re
@@ -33,10 +37,11 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 120.0
+SECONDS = 60.0
 """So long a document may take."""
 
 REASONS = frozenset({"it installs packages", "it needs systemd", "it is how these tests are run"})
@@ -64,12 +69,18 @@ class Block:
     mark: str = ""
 
     @property
-    def awaits(self) -> bool:
-        """Whether it is Python for the inside of a coroutine."""
+    def is_part(self) -> bool:
+        """Whether it is Python that goes on with what stands above: it awaits, or uses a name that it does not make."""
         tree = ast.parse(self.text)
-        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-        inside = bool(compile(tree, self.where, "exec", flags).co_flags & 0x80)  # CO_COROUTINE
-        return inside
+        code = compile(tree, self.where, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        if code.co_flags & inspect.CO_COROUTINE:
+            return True
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        aliases = [node for node in ast.walk(tree) if isinstance(node, ast.alias)]
+        made = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        made |= {alias.asname or alias.name for alias in aliases} | set(dir(builtins))
+        made |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        return any(node.id not in made for node in names)
 
 
 @dataclass
@@ -152,19 +163,23 @@ class Session:
         """
         steps = list(self._steps_of(document))
         failed = self._run_all(steps)
+        wrong: list[str] = []
         for number, step in enumerate(steps):
             out = self._steps / f"{number}.out"
             printed = out.read_text() if out.exists() else ""
-            assert number != failed, f"{step.where}: failed:\n{step.command}\n{printed}"
+            if number == failed:
+                wrong.append(f"{step.where}: failed:\n{step.command}\n{printed}")
+                break
             parts = printed.split(f"{_BETWEEN}\n")
             for expected, part in zip(step.prints, parts, strict=False):
-                if expected is not None:
-                    self._compare(step, expected, part)
+                if expected is not None and not self._is(expected, part):
+                    wrong.append(f"{step.where}: {step.command}\nshould print\n{expected}\nand printed\n{part}")
+        assert not wrong, "\n\n".join(wrong)
 
     # Steps ------------------------------------------------------------------------------------------------------
 
     def _steps_of(self, document: Sequence[Block]) -> Iterator[Step]:
-        fragments = [block for block in document if block.language == "python" and block.awaits]
+        fragments = [block for block in document if block.language == "python" and block.is_part]
         for block, after in zip(document, [*document[1:], None], strict=True):
             shown = after.text if after is not None and after.language == "text" else None
             if block.language == "console":
@@ -181,17 +196,14 @@ class Session:
                 yield self._fragments(document, fragments)
 
     def _fragments(self, document: Sequence[Block], fragments: Sequence[Block]) -> Step:
-        following = dict(zip(document, document[1:], strict=False))
-        prints = [
-            after.text if (after := following.get(block)) is not None and after.language == "text" else None
-            for block in fragments
-        ]
+        shown = dict(pairwise(document))
+        prints = [after.text if (after := shown.get(part)) and after.language == "text" else None for part in fragments]
         inside = f"print({_BETWEEN!r}, flush=True)\n".join(f"# {block.where}\n{block.text}" for block in fragments)
         program = (
             "import asyncio\nfrom pactown_runner import Supervisor\nasync def main():\n"
             f"    async with Supervisor() as supervisor:\n{textwrap.indent(inside, ' ' * 8)}\nasyncio.run(main())\n"
         )
-        return Step(fragments[-1].where, self._python(f"all that awaits, up to {fragments[-1].where}", program), prints)
+        return Step(fragments[-1].where, self._python(f"parts, up to {fragments[-1].where}", program), prints)
 
     def _python(self, where: str, text: str) -> str:
         script = self._work.parent / f"{len(list(self._work.parent.glob('*.py')))}.py"
@@ -200,25 +212,24 @@ class Session:
 
     def _changed(self, text: str) -> str:
         for theirs, ours in self._ours.items():
-            text = re.sub(rf"(?<!\w){re.escape(theirs)}\b", lambda _, ours=ours: ours, text)
+            text = re.sub(rf"(?<!\w){re.escape(theirs)}\b", ours.replace("\\", r"\\"), text)
         return text
 
     # The session ------------------------------------------------------------------------------------------------
 
     def _run_all(self, steps: Sequence[Step]) -> int | None:
         """Run them, and return the number of the one that failed."""
-        lines = ["set -eu -o pipefail; server=", 'trap \'[ -z "$server" ] || { kill $server; wait $server || :; }\' EXIT']
+        lines = [_BEGIN]
         for number, step in enumerate(steps):
-            name = self._steps / str(number)
-            name.write_text(self._changed(step.command))
-            quoted = shlex.quote(str(name))
+            file = self._steps / str(number)
+            file.write_text(self._changed(step.command))
+            name = shlex.quote(str(file))
             if step.serves:
-                lines.append(f'[ -z "$server" ] || {{ kill $server; wait $server || :; }}')
-                lines.append(f'(eval "exec $(cat {quoted})") >{quoted}.out 2>&1 </dev/null & server=$!')
+                lines.append(f'end_server; (eval "exec $(cat {name})") >{name}.out 2>&1 </dev/null & server=$!')
                 lines.append(_READY.format(socket=shlex.quote(str(self._run / "api.sock"))))
             else:
-                lines.append(f'eval "$(cat {quoted})" >{quoted}.out 2>&1 </dev/null')
-            lines.append(f": >{quoted}.done")
+                lines.append(f'eval "$(cat {name})" >{name}.out 2>&1 </dev/null')
+            lines.append(f": >{name}.done")
         script = self._steps / "session"
         script.write_text("\n".join(lines) + "\n")
         session = subprocess.Popen(
@@ -231,7 +242,8 @@ class Session:
             start_new_session=True,
         )
         try:
-            session.wait(SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the step that is not done is told
+                session.wait(SECONDS)
         finally:
             if session.poll() is None:
                 os.killpg(session.pid, signal.SIGKILL)
@@ -241,12 +253,10 @@ class Session:
 
     # What was printed -------------------------------------------------------------------------------------------
 
-    def _compare(self, step: Step, expected: str, printed: str) -> None:
-        printed = self._as_documented(printed)
+    def _is(self, expected: str, printed: str) -> bool:
         pattern = "".join(map(_pattern, self._as_documented(expected).splitlines()))
-        assert re.fullmatch(pattern, printed.rstrip("\n") + "\n"), (
-            f"{step.where}: {step.command}\nshould print\n{expected}\nand printed\n{printed}"
-        )
+        lines = self._as_documented(printed).splitlines()
+        return re.fullmatch(pattern, "".join(f"{line}\n" for line in lines)) is not None
 
     def _as_documented(self, text: str) -> str:
         for theirs, ours in self._ours.items():
@@ -257,6 +267,11 @@ class Session:
         return re.sub(r"\b\d{5}\b", "UID", text)
 
 
+_BEGIN = """\
+set -eu -o pipefail
+server=
+end_server() { [ -z "$server" ] || { kill $server; wait $server || :; }; }
+trap end_server EXIT"""
 _READY = """\
 until curl -fsS --unix-socket {socket} http://localhost/readyz >/dev/null 2>&1; do
     kill -0 $server

@@ -1,0 +1,69 @@
+"""What the documents say is so: each block is run, each row is checked, each reference leads somewhere."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from pactown_runner import Settings
+from tests.cli.conftest import COMMAND
+from tests.documents import ROOT, Session, blocks
+
+pytest_plugins = ("tests.supervising",)
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+RUN = [ROOT / "README.md", *(path for path in DOCS if path.name not in ("architecture.md", "operations.md"))]
+"""Documents whose blocks are run here."""
+WITH_LIMITS = [path for path in RUN if "<!-- kernel -->" in path.read_text()]
+LINKED = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *DOCS]
+
+
+@pytest.fixture
+def session(settings: Settings, tmp_path: Path) -> Session:
+    first, last = settings.uid_ranges[0]
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PACTOWN_USERS_BASE": str(settings.users_base),
+        "PACTOWN_CGROUP_SLICE": settings.cgroup_slice,
+        "PACTOWN_UID_RANGES": f"{first}-{last}",
+        "COLUMNS": "120",
+    }
+    return Session(tmp_path, environ, COMMAND, homes=settings.users_base, run=settings.run_dir)
+
+
+@pytest.mark.host
+@pytest.mark.deadline(180)
+@pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
+def test_blocks_do_what_they_say(path: Path, session: Session) -> None:
+    here = [block for block in blocks(path) if block.mark in ("", "server")]
+    session.follow(here)
+
+
+@pytest.mark.kernel
+@pytest.mark.deadline(300)
+@pytest.mark.parametrize("path", WITH_LIMITS, ids=lambda path: path.stem)
+def test_with_limits_as_well(path: Path, session: Session) -> None:
+    session.follow([block for block in blocks(path) if not block.mark.startswith("not run: ")])
+
+
+@pytest.mark.parametrize("path", LINKED, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", path.read_text()):
+        assert not target or (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+@pytest.mark.parametrize("path", LINKED, ids=lambda path: path.stem)
+def test_tests_that_are_named_are_there(path: Path) -> None:
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", path.read_text()):
+        assert (ROOT / file).is_file(), f"{path.name}: {file}"
+        assert not name or name in _functions(ROOT / file), f"{path.name}: {file}::{name}"
+
+
+def _functions(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
