@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..config import Settings
+from ..metrics import Metrics
 from ..supervisor import Supervisor
 from . import problems
 from .access import Callers
@@ -63,7 +64,7 @@ def create_app(
         ConfigError: the group that may use the socket is not there.
     """
     settings = settings or supervisor.settings
-    server = Server(supervisor, settings, heartbeat=heartbeat)
+    server = Server(supervisor, settings, Metrics(supervisor), heartbeat=heartbeat)
     routes = _routes(settings)
     routes.state.server = server
     app: ASGIApp = Gate(routes, settings, Callers(settings, clock))

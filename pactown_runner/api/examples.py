@@ -7,6 +7,7 @@ from typing import Any
 __all__ = [
     "EVENTS",
     "EXECUTED",
+    "METRICS",
     "RECORDS",
     "SANDBOX",
     "SANDBOXES",
@@ -115,9 +116,15 @@ data: {"reason": "read"}
 EVENTS = """\
 event: started
 data: {"kind": "started", "ts": 1705410000.0, "user_id": "auth0|123456", "service_id": "my-api", "run_id": \
-"6f1d3a0c9b2e4d57", "details": {"pid": 4711}}
+"6f1d3a0c9b2e4d57", "details": {"pid": 4711, "seconds": 0.0017}}
 
 event: end
 data: {"reason": "server-stopping"}
 
+"""
+
+METRICS = """\
+# HELP pactown_sandboxes Sandboxes that are alive, by their state.
+# TYPE pactown_sandboxes gauge
+pactown_sandboxes{state="running"} 3.0
 """

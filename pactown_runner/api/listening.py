@@ -77,7 +77,8 @@ async def listening(app: Application, settings: Settings) -> AsyncGenerator[List
         serving = asyncio.create_task(server.serve(sockets), name="pactown-api")
         try:
             await server.until_started(serving)
-            yield where
+            async with app.server.metrics.watching():
+                yield where
         finally:
             app.server.stopping.set()
             server.stop()

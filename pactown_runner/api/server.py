@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from ..config import Settings
+from ..metrics import Metrics
 from ..supervisor import Supervisor
 from .access import Caller
 from .problems import ProblemError
@@ -29,12 +30,14 @@ class Server:
     Attributes:
         supervisor: does all that is asked for.
         settings: the supervisor's.
+        metrics: of the supervisor.
         stopping: the server takes no more, and what lasts comes to an end.
         heartbeat: seconds, see `HEARTBEAT`.
     """
 
     supervisor: Supervisor
     settings: Settings
+    metrics: Metrics
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     heartbeat: float = HEARTBEAT
 

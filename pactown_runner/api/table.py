@@ -16,7 +16,7 @@ from ..config import Settings
 from . import examples, problems, sse
 from .access import Access
 from .guarding import GuardedRoute
-from .routes import executions, files, health, homes, sandboxes, streams, tiers, users
+from .routes import executions, files, health, homes, metrics, sandboxes, streams, tiers, users
 from .schemas import (
     Deleted,
     ExecOut,
@@ -36,7 +36,7 @@ from .schemas import (
 __all__ = ["ROWS", "Row", "add_routes"]
 
 READ, ADMIN = Access("read"), Access("admin")
-OPERATOR = Access("admin", whole_host=True)
+OPERATOR, OVERSEER = Access("admin", whole_host=True), Access("read", whole_host=True)
 
 Body = Literal["json", "file", "archive"]
 """How large a request's body may be: as the settings `api_body_bytes`, `api_file_bytes`, `archive_max_bytes` say."""
@@ -242,6 +242,16 @@ ROWS: tuple[Row, ...] = (
         tag="health",
         model=Health,
         example={"status": "ready"},
+    ),
+    Row(
+        method="GET",
+        path="/metrics",
+        handler=metrics.metrics,
+        summary="Metrics for Prometheus",
+        tag="health",
+        access=OVERSEER,
+        media_type="text/plain",
+        example=examples.METRICS,
     ),
     Row(
         method="GET",
