@@ -289,11 +289,20 @@ def _typed(block: Block) -> Iterator[Step]:
             text = "".join(f"{part}\n" for part in shown)
             yield Step(f"{block.where.rpartition(':')[0]}:{where}", "\n".join(command), [text])
             command, shown, where = [], [], where + number
-        if line.startswith("# ") or (command and command[-1].endswith("\\")):
+        if line.startswith("# ") or _goes_on("\n".join(command)):
             command.append(line.removeprefix("# "))
         else:
             assert command, f"{block.where}: a console begins with a command, behind '# '"
             shown.append(line)
+
+
+def _goes_on(command: str) -> bool:
+    """Whether the line that follows is a part of it: it ends within quotes, or behind a backslash."""
+    try:
+        shlex.split(command)
+    except ValueError:
+        return True
+    return command.endswith("\\")
 
 
 def _pattern(line: str) -> str:

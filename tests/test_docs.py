@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pactown_runner import Settings
+from pactown_runner import Settings, errors
+from pactown_runner.api import table
 from tests.cli.conftest import COMMAND
 from tests.documents import ROOT, Session, blocks
 
@@ -67,3 +68,20 @@ def test_tests_that_are_named_are_there(path: Path) -> None:
 def _functions(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+def test_all_routes_are_told_of_with_what_they_need() -> None:
+    rows = re.findall(r"^\| ([A-Z]+) \| `(/\S*)` \| (\S+) \|$", (ROOT / "docs/rest.md").read_text(), re.MULTILINE)
+    ours = [
+        (row.method, row.path.replace(":path", ""), row.access.role + "*" * row.access.whole_host) for row in table.ROWS
+    ]
+    assert sorted(rows) == sorted(ours)
+
+
+def test_all_codes_of_errors_are_told_of() -> None:
+    """And the classes that they are of."""
+    told = (ROOT / "docs/embedding.md").read_text()
+    for name in set(errors.__all__) - {"RunnerError"}:
+        kind = getattr(errors, name)
+        assert f"`{name}`" in told, name
+        assert f"`{kind.code}`" in told, kind.code
