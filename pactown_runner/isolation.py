@@ -160,6 +160,7 @@ class UserIsolationManager:
             SpecError: the command or a variable is malformed.
             StartError: it could not be started; `step` says where it failed.
             LimitsError: with `enable_cgroups`, a limit cannot be enforced on this host.
+            StateError: the user's home is being exported or imported.
         """
         check_command(command)
         user = self._users.get_or_create(saas_user_id)

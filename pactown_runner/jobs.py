@@ -290,7 +290,8 @@ def job(
     Raises:
         StartError: the program was not executed.
         FilesError: it was stopped, or its time was up.
-        StateError: something of it could not be killed in time; it stays claimed.
+        StateError: something of it could not be killed in time; it stays claimed. Or the tenant's home is just being
+            exported or imported, by others than this job.
         NotFoundError: there is no such user any more.
         LimitsError: the default limits cannot be enforced.
     """

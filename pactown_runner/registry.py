@@ -506,6 +506,7 @@ class Registry:
             ClaimedError: this user's service is there already, whoever owns it.
             NotFoundError: there is no such user, or it is being made or removed.
             BlockedError: the user is blocked.
+            HeldError: its home is being exported or imported.
             AdmissionError: that would be more than `quota` allows.
         """
         with self._database as db:

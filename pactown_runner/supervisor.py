@@ -284,6 +284,9 @@ class Supervisor:
     async def start(self, spec: SandboxSpec) -> Sandbox:
         """Start a service, and return when its program has been executed. Makes the user if there is none.
 
+        While the user's home is exported or imported nothing starts: it waits for the end of that, as do services that
+        are to be started again. `Sandbox.stop` ends the wait.
+
         Raises:
             StartError: the program could not be started; nothing is left of it.
             AlreadyRunningError: this user's service runs, here or under another owner.

@@ -7,14 +7,15 @@ takes its rows over. The row's spec names the scopes that have to be thawed then
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from cgroups import Cgroup, CgroupError, GoneError
 
-from ..errors import AlreadyRunningError, StateError
+from ..errors import AlreadyRunningError, RunnerError, StateError
 from ..host import Host
 from ..jobs import job_name
 from ..models import IsolatedUser
@@ -22,6 +23,8 @@ from ..registry import HOLD, SandboxRow
 from ..trees import slice_name
 
 __all__ = ["Hold", "held", "thaw_held"]
+
+_log = logging.getLogger(__name__)
 
 FREEZE_TIMEOUT = 5.0
 """Seconds in which a scope must stand still. It waits for running system calls only."""
@@ -39,6 +42,7 @@ class Hold:
         self._host = host
         self._key = key
         self._frozen: dict[str, Cgroup] = {}
+        self._thawed: list[Cgroup] = []
         self._found: set[tuple[str, str]] = set()
         self._kept = ExitStack()
 
@@ -65,8 +69,8 @@ class Hold:
         thawed = {name: scope for name, scope in scopes.items() if not _frozen(scope)}
         # First: whoever comes after us has to know of it.
         self._host.registry.hold_still(self._key, self.run_id, thawed)
-        for scope in thawed.values():
-            self._kept.callback(_thaw, scope)
+        self._thawed = list(thawed.values())
+        for scope in self._thawed:
             with suppress(GoneError):
                 scope.request_freeze(True)
         self._frozen = scopes
@@ -92,8 +96,9 @@ class Hold:
             )
 
     def close(self) -> None:
-        """Let what was frozen go on."""
-        self._kept.close()
+        """Let what was frozen go on, see `thaw_held`."""
+        with self._kept:
+            _let_go(self._host, self._key, self._thawed)
 
     def _open(self, name: str) -> Cgroup:
         return self._host.tree.open_scope(slice_name(self._key), f"{name}.scope")
@@ -134,15 +139,35 @@ def held(host: Host, user: IsolatedUser) -> Iterator[Hold]:
     try:
         yield hold
     finally:
-        hold.close()
-        host.release(claim)
+        try:
+            hold.close()
+        except (RunnerError, CgroupError) as error:
+            _log.error("cannot let go on yet what runs of user %s: %s", user.key, error)
+            host.unfinished[claim] = None
+        else:
+            host.release(claim)
 
 
 def thaw_held(host: Host, key: str) -> None:
-    """Let go on what a dead owner's hold had frozen. To be called before the hold's row is released."""
-    for name in host.registry.held_still(key):
-        with suppress(GoneError), host.tree.open_scope(slice_name(key), f"{name}.scope") as scope:
-            _thaw(scope)
+    """Let go on what a dead owner's hold had frozen. To be called before the hold's row is released.
+
+    What belongs to a tenant who was blocked meanwhile stays frozen.
+    """
+    with ExitStack() as stack:
+        scopes = []
+        for name in host.registry.held_still(key):
+            with suppress(GoneError):
+                scopes.append(stack.enter_context(host.tree.open_scope(slice_name(key), f"{name}.scope")))
+        _let_go(host, key, scopes)
+
+
+def _let_go(host: Host, key: str, scopes: Iterable[Cgroup]) -> None:
+    # Whoever blocks a tenant writes that down first, and then freezes what runs: perhaps while this is under way.
+    for frozen in (False, True):
+        if host.standings.of(key).blocked is frozen:
+            for scope in scopes:
+                with suppress(GoneError):
+                    scope.request_freeze(frozen)
 
 
 def _frozen(scope: Cgroup) -> bool:
@@ -150,8 +175,3 @@ def _frozen(scope: Cgroup) -> bool:
         return scope.frozen()
     except GoneError:
         return False
-
-
-def _thaw(scope: Cgroup) -> None:
-    with suppress(GoneError):
-        scope.request_freeze(False)

@@ -18,7 +18,7 @@ from pactown_runner.archives import ArchiveError, export_home, held, import_home
 from pactown_runner.errors import StartError, StateError
 from pactown_runner.host import Host
 from pactown_runner.models import IsolatedUser, State
-from pactown_runner.registry import HeldError
+from pactown_runner.registry import HeldError, Standing
 from pactown_runner.specs import RestartMode, RestartPolicy
 from pactown_runner.supervisor import Supervisor
 from tests.archives.trees import as_tenant
@@ -350,6 +350,17 @@ async def test_what_runs_can_be_stopped_meanwhile(supervisor: Supervisor, host: 
         with pytest.raises(HeldError, match="try again"):
             await supervisor.files.put(USER, "api", Path(__file__).parent)
         assert [row.service_id for row in host.registry.rows()] == ["_hold"]
+
+
+async def test_who_is_blocked_meanwhile_stays_frozen(supervisor: Supervisor, host: Host, user: IsolatedUser) -> None:
+    await start_writer(supervisor)
+    async with holding(host, user):
+        await supervisor.users.set_standing(USER, Standing(blocked=True))
+    with host.tree.open_scope(f"pactown-{user.key}.slice", "api.scope") as scope:
+        assert scope.frozen()
+    async with holding(host, user):
+        await supervisor.users.set_standing(USER, Standing())
+    await goes_on(user, int((user.home_dir / "sandboxes/file399").read_text() or 0))
 
 
 async def test_services_come_back_when_their_tenant_is_held_no_more(settings: Settings, child: Start) -> None:
