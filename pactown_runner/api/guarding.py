@@ -58,7 +58,7 @@ class GuardedRoute(APIRoute):
         """A body that is refused when it is too large, or does not come."""
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > self._max_body:
-            raise self._too_large()
+            raise self._too_large(endless=False)
         taken, over = 0, False
 
         async def bounded() -> Message:
@@ -76,17 +76,17 @@ class GuardedRoute(APIRoute):
             taken += len(message.get("body", b""))
             over = not message.get("more_body", False)
             if taken > self._max_body:
-                raise self._too_large()
+                raise self._too_large(endless=True)
             return message
 
         return bounded
 
-    def _too_large(self) -> ProblemError:
+    def _too_large(self, *, endless: bool) -> ProblemError:
+        # Who still sends when the connection is closed does not see the answer: what comes to an end is let come, for as
+        # long as `listening` waits for the next head.
+        headers = {"Connection": "close"} if endless else None
         return ProblemError(
-            413,
-            "too-large",
-            f"the request's body has more than {self._max_body} bytes",
-            headers={"Connection": "close"},
+            413, "too-large", f"the request's body has more than {self._max_body} bytes", headers=headers
         )
 
     def _patient(self, scope: Scope, send: Send) -> Send:

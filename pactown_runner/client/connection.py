@@ -6,11 +6,12 @@ import json
 import os
 import socket
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import httpcore
 import httpx
 
 from ..errors import ConfigError
@@ -29,6 +30,8 @@ __all__ = ["Connection"]
 
 _LONGEST_ADDRESS = 107
 """Bytes that a Unix socket's address has room for; unix(7)."""
+_KEPT = 10
+"""Connections that are kept for later use."""
 _KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
@@ -75,19 +78,18 @@ class Connection:
         self._timeout = timeout
         self._headers = {} if token is None else {"Authorization": f"Bearer {_checked_token(token)}"}
         self._url = "http://localhost" if isinstance(address, Path) else _checked_url(address)
+        self._tls = self._url.startswith("https:")
         self._directory: int | None = None
-        self._http: httpx.AsyncClient | None = None
+        self._clients: dict[bool, httpx.AsyncClient] = {}
 
     async def aclose(self) -> None:
         """End all that is under way."""
-        http, self._http = self._http, None
-        try:
-            if http is not None:
-                await http.aclose()
-        finally:
+        async with AsyncExitStack() as closing:
             if self._directory is not None:
-                os.close(self._directory)
+                closing.callback(os.close, self._directory)
                 self._directory = None
+            while self._clients:
+                closing.push_async_callback(self._clients.popitem()[1].aclose)
 
     async def call(self, method: str, path: str, **options: Unpack[Options]) -> Any:
         """Ask, and return the answer's JSON."""
@@ -120,18 +122,22 @@ class Connection:
             RunnerError: what the server refuses, or anything of `errors`.
         """
         content, headers = _body(options)
-        read = options.get("read", self._timeout)
         params = options.get("params")
+        in_pieces = content is not None and not isinstance(content, bytes)
         with self._told():
-            http = self._opened()
-            request = http.build_request(
+            request = httpx.Request(
                 method,
                 self._url + path,
                 params=None if params is None else _query(params),
                 content=content,
-                headers=headers,
-                timeout=httpx.Timeout(self._timeout, read=read),
+                headers=self._headers | headers,
+                extensions={"timeout": httpx.Timeout(self._timeout, read=options.get("read", self._timeout)).as_dict()},
             )
+            if in_pieces and not self._tls:
+                assert isinstance(request.stream, httpx.AsyncByteStream)
+                request.stream = wanted = _Wanted(request.stream)
+                request.extensions["trace"] = wanted.trace
+            http = self._client(keep=not in_pieces)
             answer = await http.send(request, stream=True)
             if answer.is_success:
                 return answer
@@ -151,20 +157,23 @@ class Connection:
             async for piece in answer.aiter_bytes():
                 yield piece
 
-    def _opened(self) -> httpx.AsyncClient:
-        if self._http is None:
-            tls = self._url.startswith("https:")
-            transport = httpx.AsyncHTTPTransport(
-                # What the host trusts. Without TLS there is nothing to trust, and to read that takes 20 ms.
-                verify=ssl.create_default_context() if tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-                uds=self._socket_path(),
-                # How many there may be is the server's to say.
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=10),
-                socket_options=None if isinstance(self.address, Path) else _KEEP_ALIVE,
-            )
-            # Nothing in the environment is to lead elsewhere what is meant for this address.
-            self._http = httpx.AsyncClient(transport=transport, headers=self._headers, trust_env=False)
-        return self._http
+    def _client(self, *, keep: bool) -> httpx.AsyncClient:
+        """What keeps connections that were used for later use, or does not."""
+        if keep not in self._clients:
+            self._clients[keep] = self._made(keep)
+        return self._clients[keep]
+
+    def _made(self, keep: bool) -> httpx.AsyncClient:
+        transport = httpx.AsyncHTTPTransport(
+            # What the host trusts. Without TLS there is nothing to trust, and to read that takes 20 ms.
+            verify=ssl.create_default_context() if self._tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+            uds=self._socket_path(),
+            # How many there may be is the server's to say.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_KEPT if keep else 0),
+            socket_options=None if isinstance(self.address, Path) else _KEEP_ALIVE,
+        )
+        # Nothing in the environment is to lead elsewhere what is meant for this address.
+        return httpx.AsyncClient(transport=transport, trust_env=False)
 
     def _socket_path(self) -> str | None:
         if not isinstance(self.address, Path):
@@ -209,6 +218,29 @@ class Connection:
         return UnreachableError(
             f"no server answers on {self.address}: {reason}", remedy="start one: pactown-runner serve"
         )
+
+
+class _Wanted(httpx.AsyncByteStream):
+    """A body in pieces, of which no more is sent when the server has answered already, as it does to refuse it.
+
+    For a connection that nobody has used before, without TLS, which sends of its own accord.
+    """
+
+    def __init__(self, body: AsyncIterable[bytes]) -> None:
+        self._body = body
+        self._network: httpcore.AsyncNetworkStream | None = None
+
+    async def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Hear of the connection; https://www.encode.io/httpcore/extensions."""
+        if event in ("connection.connect_tcp.complete", "connection.connect_unix_socket.complete"):
+            self._network = info["return_value"]
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for piece in self._body:
+            if self._network is not None and self._network.get_extra_info("is_readable"):
+                # httpcore goes on to read the answer, as when the server has hung up after it.
+                raise httpcore.WriteError("the server has answered")
+            yield piece
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

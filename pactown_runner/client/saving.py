@@ -27,6 +27,8 @@ class WholeFile:
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
+        if self._target.is_dir():  # to say so at the end, perhaps after an hour, would be late
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self._target))
         with ExitStack() as held:
             self._folder = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             held.callback(os.close, self._folder)

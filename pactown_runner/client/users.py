@@ -165,16 +165,16 @@ class UserCalls(Calls):
 async def _save(
     archive: AbstractAsyncContextManager[AsyncIterator[bytes]], target: Path, progress: OnProgress | None
 ) -> int:
+    written = 0
     try:
-        async with archive as pieces:
-            with WholeFile(target) as file:
-                written = 0
+        with WholeFile(target) as file:
+            async with archive as pieces:
                 async for piece in pieces:
                     await to_thread.run_sync(file.write, piece)
                     written += len(piece)
                     if progress is not None:
                         progress(written, None)
-                await to_thread.run_sync(file.finish)
+            await to_thread.run_sync(file.finish)
     except OSError as error:
         raise FilesError(f"cannot write {target}: {error.strerror or error}") from error
     return written

@@ -51,6 +51,11 @@ class Relay:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        return len(self._tasks)
+
     def hold(self) -> None:
         """Carry nothing any more."""
         self._held.clear()

@@ -26,7 +26,7 @@ from pactown_runner.errors import (
     StateError,
 )
 from tests.api.conftest import USER, Api, serving
-from tests.supervising import eventually, processes_of, soon, spec
+from tests.supervising import eventually, processes_of, python, soon, spec
 
 pytestmark = [pytest.mark.host]
 
@@ -146,7 +146,8 @@ async def test_a_run_ends_with_its_outcome_or_its_caller(api: Api, client: Clien
 
 
 async def test_programs_are_executed_in_it_and_signals_sent(api: Api, client: Client) -> None:
-    await client.start(spec("trap 'echo hup' HUP; while :; do sleep 0.01; done"))
+    hears = "import signal; signal.signal(1, lambda *_: print('hup', flush=True)); print('ready', flush=True)"
+    await client.start(spec(python(f"{hears}\nwhile True: signal.pause()")))
     raw = bytes(range(256))
     done = await client.exec(USER, "api", ["cat"], stdin=raw)
     assert (done.ok, done.stdout, done.stderr, done.dropped) == (True, raw, b"", 0)
@@ -156,8 +157,9 @@ async def test_programs_are_executed_in_it_and_signals_sent(api: Api, client: Cl
     assert (done.timed_out, done.signal, done.ok) == (True, signal.SIGKILL, False)
     with pytest.raises(StartError):
         await client.exec(USER, "api", ["/no/such"])
-    assert await client.signal(USER, "api", signal.SIGHUP) >= 1
     async with client.logs(USER, "api", follow=True) as records:
+        assert (await soon(anext(records))).line == "ready"
+        assert await client.signal(USER, "api", signal.SIGHUP) >= 1
         assert (await soon(anext(records))).line == "hup"
     with pytest.raises(SpecError):
         await client.signal(USER, "api", 64 - 32)
