@@ -95,12 +95,13 @@ PARTS = {
 }
 """Where the code of each deed is: a file of the package, or a function in it, or all that begin like this."""
 
-# Each line has the process's own name and a number; what was written last stands in a file as well.
+# Each line has the process's own name and a number; what was written last stands in a file as well. It dies of itself,
+# with a last line that nobody may have read yet.
 PROGRAM = r"""
 $| = 1; my $me = "$$-" . (-s "born" || 0); open(B, ">>", "born"); print B "x"; close(B); my $n = 0;
 while (1) {
     $n++; print "$me $n\n"; open(F, ">", "count.$me"); print F $n; close(F);
-    exit 1 if rand() < 0.002;
+    kill 9, $$ if rand() < 0.002;
     select(undef, undef, undef, 0.005) if $n % 20 == 0;
 }
 """
