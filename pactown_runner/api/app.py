@@ -51,6 +51,7 @@ def create_app(
     settings: Settings | None = None,
     *,
     heartbeat: float = HEARTBEAT,
+    longest_stream: float | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Application:
     """The API of a supervisor that runs, or will when the first request comes.
@@ -58,13 +59,14 @@ def create_app(
     Args:
         settings: by default the supervisor's.
         heartbeat: seconds after which a stream that has nothing to say says so.
+        longest_stream: seconds after which a stream ends and says so; its reader may come back. None for never.
         clock: seconds since the epoch, by which tokens expire.
 
     Raises:
         ConfigError: the group that may use the socket is not there.
     """
     settings = settings or supervisor.settings
-    server = Server(supervisor, settings, Metrics(supervisor), heartbeat=heartbeat)
+    server = Server(supervisor, settings, Metrics(supervisor), heartbeat=heartbeat, longest_stream=longest_stream)
     routes = _routes(settings)
     routes.state.server = server
     app: ASGIApp = Gate(routes, settings, Callers(settings, clock))
@@ -111,9 +113,9 @@ def _with_problems(document: dict[str, Any]) -> dict[str, Any]:
     """What FastAPI cannot be told: problems have a media type of their own, and callers a token."""
     for path in document["paths"].values():
         for operation in path.values():
-            for status in ("4XX", "5XX"):
-                content = operation["responses"][status]["content"]
-                content[problems.MEDIA_TYPE] = content.pop("application/json")
+            for status, response in operation["responses"].items():
+                if int(status) >= 400:
+                    response["content"] = {problems.MEDIA_TYPE: response["content"].pop("application/json")}
     document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"token": []}]
     return document

@@ -82,8 +82,8 @@ class GuardedRoute(APIRoute):
         return bounded
 
     def _too_large(self, *, endless: bool) -> ProblemError:
-        # Who still sends when the connection is closed does not see the answer: what comes to an end is let come, for as
-        # long as `listening` waits for the next head.
+        # Who still sends when the connection is closed does not see the answer: what comes to an end is let come, for
+        # as long as `listening` waits for the next head.
         headers = {"Connection": "close"} if endless else None
         return ProblemError(
             413, "too-large", f"the request's body has more than {self._max_body} bytes", headers=headers

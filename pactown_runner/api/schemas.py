@@ -23,7 +23,7 @@ from cgroups import Limits, Stats
 from ..errors import StateError
 from ..models import IsolatedUser, IsolationReport, LogRecord, Outcome, State
 from ..sandbox import Sandbox
-from ..specs import Namespace, Probe, RestartMode, RestartPolicy, SandboxSpec
+from ..specs import MAX_USER_ID_BYTES, Namespace, Probe, RestartMode, RestartPolicy, SandboxSpec
 from ..tiers import Tier
 
 __all__ = [
@@ -66,9 +66,14 @@ UserId = Annotated[
         description="The SaaS user's id, percent-encoded: a slash in it is `%2F`.",
         min_length=1,
         examples=["auth0|123456"],
+        json_schema_extra={"maxLength": MAX_USER_ID_BYTES},
     ),
 ]
-ServiceId = Annotated[str, Path(description="The service's id.", min_length=1, examples=["my-api"])]
+SERVICE_ID: dict[str, Any] = {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"}
+"""For the document only: the library says what is wrong with an id."""
+ServiceId = Annotated[
+    str, Path(description="The service's id.", min_length=1, examples=["my-api"], json_schema_extra=SERVICE_ID)
+]
 FilePath = Annotated[
     str, Path(description="A path in the sandbox's directory, its parts percent-encoded.", examples=["main.py"])
 ]
@@ -98,7 +103,8 @@ def _encodable(text: str) -> str:
 
 Text = Annotated[StrictStr, AfterValidator(_encodable)]
 Size = StrictInt | Text
-Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
+# Strictly: `true` is no number, nor is "1".
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False, strict=True)]
 Command = Text | list[Text]
 
 
@@ -249,7 +255,7 @@ class RestartIn(In):
     mode: RestartMode = "no"
     backoff: Seconds = Field(0.5, description="Seconds before the first restart; doubles from then on.")
     backoff_max: Seconds = 60.0
-    jitter: float = Field(0.2, ge=0, le=1)
+    jitter: float = Field(0.2, ge=0, le=1, allow_inf_nan=False, strict=True)
     healthy_after: Seconds = Field(30.0, description="A run that lasted so many seconds was a good one.")
     max_restarts: Annotated[StrictInt, Field(ge=0)] | None = Field(
         10, description="Restarts in a row without a good run, after which the service is `crash-looping`."
@@ -290,7 +296,9 @@ class SandboxIn(In):
     )
 
     user_id: Text = Field(description="The SaaS user; an account is made if there is none.")
-    service_id: Text = Field(description="Unique within the user; 1 to 63 of A-Z a-z 0-9 . _ -.")
+    service_id: Text = Field(
+        description="Unique within the user; 1 to 63 of A-Z a-z 0-9 . _ -.", json_schema_extra=SERVICE_ID
+    )
     command: Command = Field(description="A string is run by `/bin/sh -c`, a list is executed as it is.")
     kind: Literal["service", "run"] = Field(
         "service", description="`run`: the answer comes when it has ended, with its outcome; it ends with the caller."

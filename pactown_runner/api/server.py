@@ -33,6 +33,7 @@ class Server:
         metrics: of the supervisor.
         stopping: the server takes no more, and what lasts comes to an end.
         heartbeat: seconds, see `HEARTBEAT`.
+        longest_stream: seconds after which a stream ends, with the reason `time`; None for never.
     """
 
     supervisor: Supervisor
@@ -40,6 +41,7 @@ class Server:
     metrics: Metrics
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     heartbeat: float = HEARTBEAT
+    longest_stream: float | None = None
 
 
 def server_of(request: Request) -> Server:

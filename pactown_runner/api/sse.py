@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any, NamedTuple
@@ -15,9 +16,20 @@ from ..errors import RunnerError
 from .problems import problem_of
 from .server import Server
 
-__all__ = ["MEDIA_TYPE", "Closing", "Message", "end", "event_stream"]
+__all__ = ["EVENT", "MEDIA_TYPE", "Closing", "Message", "end", "event_stream"]
 
 MEDIA_TYPE = "text/event-stream"
+
+EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"type": "string"},
+        "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": {"type": "object"}},
+        "id": {"type": "string"},
+    },
+    "required": ["event", "data"],
+}
+"""The JSON schema of one event."""
 
 
 class Message(NamedTuple):
@@ -62,17 +74,23 @@ def event_stream(server: Server, source: AsyncGenerator[Message, None]) -> Closi
 
 
 async def _stream(server: Server, source: AsyncGenerator[Message, None]) -> AsyncGenerator[bytes, None]:
+    loop = asyncio.get_running_loop()
     stopping = asyncio.ensure_future(server.stopping.wait())
     coming: asyncio.Future[Message | None] | None = None
+    over = math.inf if server.longest_stream is None else loop.time() + server.longest_stream
     try:
         # The head goes out with it: clients see that they are heard.
         yield b":\n\n"
         while True:
             coming = coming or asyncio.ensure_future(_next(source))
             both: list[asyncio.Future[Any]] = [coming, stopping]
-            await asyncio.wait(both, timeout=server.heartbeat, return_when=asyncio.FIRST_COMPLETED)
+            pause = min(server.heartbeat, over - loop.time())
+            await asyncio.wait(both, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
             if stopping.done():
                 yield end("server-stopping").rendered()
+                return
+            if loop.time() >= over:
+                yield end("time").rendered()
                 return
             if not coming.done():
                 yield b":\n\n"

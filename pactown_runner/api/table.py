@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -41,6 +41,24 @@ OPERATOR, OVERSEER = Access("admin", whole_host=True), Access("read", whole_host
 Body = Literal["json", "file", "archive"]
 """How large a request's body may be: as the settings `api_body_bytes`, `api_file_bytes`, `archive_max_bytes` say."""
 
+_ANYWHERE = (400, 401, 403, 421, 500, 503)
+_WHY = {
+    400: "The path or the query is malformed, or the caller went away",
+    401: "A token is needed that is known here and has not expired",
+    403: "The caller may not do this, or the tenant is blocked",
+    404: "There is no such user, sandbox or file",
+    408: "The body did not come in time",
+    409: "It does not fit the state that it is in, or this host",
+    413: "The body is too large",
+    421: "This is not the host that was asked for",
+    422: "The request is malformed, or can never be right",
+    429: "A cap or a rate is reached",
+    500: "Something that nobody foresaw, or a setting that is not usable here",
+    503: "The server stops, too many callers are connected, or the registry cannot be read",
+    505: "This needs HTTP/1.1",
+}
+"""What statuses mean here."""
+
 _USER = "/runner/isolation/user/{user_id}"
 _SANDBOX = "/runner/sandboxes/{user_id}/{service_id}"
 
@@ -62,6 +80,7 @@ class Row:
         example: of it.
         body: how large a body may come.
         raw_body: what a body is that is no JSON.
+        problems: statuses of what else can go wrong here, but for those of each route of its kind; see `statuses`.
     """
 
     method: str
@@ -76,7 +95,17 @@ class Row:
     example: Any = None
     body: Body = "json"
     raw_body: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    problems: tuple[int, ...] = ()
+
+    @property
+    def statuses(self) -> tuple[int, ...]:
+        """All that an answer can have which tells of a problem."""
+        found = {*_ANYWHERE, *self.problems}
+        if "{user_id}" in self.path:
+            found |= {404, 409, 422}
+        if self.method in ("POST", "PUT", "PATCH"):
+            found |= {408, 413}
+        return tuple(sorted(found))
 
     @property
     def name(self) -> str:
@@ -92,14 +121,22 @@ def _sandboxes(method: str, path: str, handler: Callable[..., Any], summary: str
     return Row(method=method, path=path, handler=handler, summary=summary, tag="sandboxes", **more)
 
 
-def _acts(path: str, handler: Callable[..., Any], summary: str) -> Row:
+def _acts(path: str, handler: Callable[..., Any], summary: str, **more: Any) -> Row:
     return _sandboxes(
-        "POST", _SANDBOX + path, handler, summary, access=ADMIN, model=SandboxView, example=examples.SANDBOX
+        "POST", _SANDBOX + path, handler, summary, access=ADMIN, model=SandboxView, example=examples.SANDBOX, **more
     )
 
 
 ROWS: tuple[Row, ...] = (
-    _users("GET", "/runner/isolation/users", users.list_users, "List users", model=UsersPage, example=examples.USERS),
+    _users(
+        "GET",
+        "/runner/isolation/users",
+        users.list_users,
+        "List users",
+        model=UsersPage,
+        example=examples.USERS,
+        problems=(422,),
+    ),
     _users("GET", _USER, users.get_or_create, "Get or create a user", model=User, example=examples.USER),
     _users("PUT", _USER, users.create, "Create a user", access=ADMIN, model=User, example=examples.USER),
     _users("GET", _USER + "/stats", users.stats, "Count", model=UserStatsOut, example=examples.USER_STATS),
@@ -119,6 +156,7 @@ ROWS: tuple[Row, ...] = (
         "Export a home",
         access=ADMIN,
         media_type=homes.MEDIA_TYPE,
+        problems=(505,),
     ),
     _users(
         "POST",
@@ -157,6 +195,7 @@ ROWS: tuple[Row, ...] = (
         "List sandboxes",
         model=SandboxesPage,
         example=examples.SANDBOXES,
+        problems=(422,),
     ),
     _sandboxes(
         "POST",
@@ -167,12 +206,13 @@ ROWS: tuple[Row, ...] = (
         status=201,
         model=SandboxView,
         example=examples.SANDBOX,
+        problems=(404, 409, 422, 429),
     ),
     _sandboxes("GET", _SANDBOX, sandboxes.show, "Show", model=SandboxView, example=examples.SANDBOX),
     _sandboxes("DELETE", _SANDBOX, sandboxes.stop, "Stop", access=ADMIN, model=SandboxView, example=examples.SANDBOX),
     _acts("/freeze", sandboxes.freeze, "Freeze"),
     _acts("/thaw", sandboxes.thaw, "Thaw"),
-    _acts("/restart", sandboxes.restart, "Restart"),
+    _acts("/restart", sandboxes.restart, "Restart", problems=(429,)),
     _sandboxes(
         "POST",
         _SANDBOX + "/signal",
@@ -224,6 +264,7 @@ ROWS: tuple[Row, ...] = (
         tag="events",
         media_type=sse.MEDIA_TYPE,
         example=examples.EVENTS,
+        problems=(409, 422),
     ),
     Row(
         method="GET",
@@ -295,12 +336,22 @@ def add_routes(app: FastAPI, settings: Settings, rows: tuple[Row, ...] = ROWS) -
 
 
 def _responses(row: Row) -> dict[int | str, dict[str, Any]]:
-    content: dict[str, Any] = {row.media_type: {} if row.example is None else {"example": row.example}}
-    if row.model is None:
-        content[row.media_type]["schema"] = {"type": "string"}
-    good = {"description": HTTPStatus(row.status).phrase, "content": content}
-    bad = {"description": "Why not", "model": problems.Problem}
-    return {row.status: good, "4XX": bad, "5XX": bad}
+    content: dict[str, Any] = {} if row.example is None else {"example": row.example}
+    if row.media_type == sse.MEDIA_TYPE:
+        # As OpenAPI 3.2 has it, and FastAPI: of each event.
+        content["itemSchema"] = sse.EVENT
+    elif row.model is None:
+        content["schema"] = {"type": "string", "format": "binary"}
+    good = {"description": HTTPStatus(row.status).phrase, "content": {row.media_type: content}}
+    return {row.status: good, **{status: _bad(status) for status in row.statuses}}
+
+
+def _bad(status: int) -> dict[str, Any]:
+    response: dict[str, Any] = {"description": _WHY[status], "model": problems.Problem}
+    if status in (429, 503):
+        seconds = {"description": "Seconds, where they are known.", "schema": {"type": "integer", "minimum": 1}}
+        response["headers"] = {"Retry-After": seconds}
+    return response
 
 
 def _extra(row: Row) -> dict[str, Any] | None:
@@ -308,5 +359,9 @@ def _extra(row: Row) -> dict[str, Any] | None:
     if row.raw_body is None:
         return needs
     return needs | {
-        "requestBody": {"required": True, "content": {row.raw_body: {"schema": {"type": "string", "format": "binary"}}}}
+        # An empty file is one, an empty archive is none.
+        "requestBody": {
+            "required": row.body == "archive",
+            "content": {row.raw_body: {"schema": {"type": "string", "format": "binary"}}},
+        }
     }

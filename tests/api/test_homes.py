@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import hashlib
 import io
 import os
+import signal
 import tarfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -18,7 +20,7 @@ import pytest
 
 from pactown_runner import Settings, Supervisor
 from tests.api.conftest import USER, Api, serving
-from tests.supervising import eventually, leaves_nothing, soon, spec
+from tests.supervising import eventually, leaves_nothing, processes_of, soon, spec
 
 pytestmark = [pytest.mark.host]
 
@@ -109,6 +111,35 @@ async def test_a_caller_that_goes_away_changes_nothing_and_leaves_nothing(
         digest = hashlib.sha256(await supervisor.files.read(USER, "api", "data.bin")).hexdigest()
         again = await exported(await api.client())
         assert hashlib.sha256(content_of(again, "data.bin")).hexdigest() == digest
+
+
+async def test_an_export_that_fails_on_the_way_is_cut_off_and_does_not_look_whole(api: Api) -> None:
+    await api.supervisor.files.put(USER, "api", os.urandom(8 << 20), "data.bin")
+    user = await api.supervisor.users.get(USER)
+    assert user is not None
+    client = await api.client()
+    async with client.stream("POST", path(USER, "export")) as answer:
+        assert answer.status_code == 200
+        pieces = answer.aiter_raw()
+        begun = await anext(pieces)
+        packing = await asyncio.to_thread(processes_of, user.linux_uid)
+        assert packing
+        for pid in packing:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"):
+            begun += b"".join([piece async for piece in pieces])
+    answer = await client.post(path("heir", "import"), params={"made_for": USER}, content=begun)
+    assert (answer.status_code, answer.json()["code"]) == (422, "archive")
+    # The same once more, and nobody in its way.
+    assert await exported(client)
+
+
+async def test_where_an_end_could_not_be_seen_nothing_is_exported(api: Api) -> None:
+    await api.supervisor.users.get_or_create(USER)
+    told = await api.curl("--http1.0", "-X", "POST", path(USER, "export"))
+    assert (told.status, told.json["code"]) == (505, "old-http")
+    assert "proxy_http_version" in told.json["remedy"]
 
 
 async def test_an_archive_is_as_large_as_it_may_be(supervisor: Supervisor, api_settings: Settings) -> None:

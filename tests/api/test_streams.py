@@ -166,6 +166,15 @@ async def test_silence_is_told_and_so_is_the_servers_stop(supervisor: Supervisor
     assert supervisor.get(USER, "api").state == "running"
 
 
+async def test_a_stream_lasts_no_longer_than_it_may(supervisor: Supervisor, api_settings: Settings) -> None:
+    await supervisor.start(spec("echo ready; sleep 600"))
+    async with serving(supervisor, api_settings, longest_stream=0.05) as api:
+        client = await api.client()
+        for path in ("/runner/events", LOGS + "?follow=1"):
+            async with stream(client, path) as events:
+                assert (await events.rest())[-1] == Event("end", {"reason": "time"}, None)
+
+
 async def test_a_reader_that_goes_away_leaves_nothing(api: Api) -> None:
     client = await api.client()
     await api.supervisor.start(spec("sleep 600"))

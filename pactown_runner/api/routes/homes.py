@@ -33,7 +33,11 @@ async def export(request: Request, user_id: UserId) -> Closing:
     """A user's home as a `tar.gz`, for an import here or on another host. What runs of the user stands still meanwhile.
 
     It is whole only if the answer ends in order. One that could not be finished is cut off, and an import refuses it.
+    With HTTP/1.0, which has no end but that of the connection, that could not be seen: it gets nothing.
     """
+    if request.scope["http_version"] == "1.0":
+        # A proxy's way to us, as a rule, not the caller's to the proxy.
+        raise ProblemError(505, "old-http", "an export needs HTTP/1.1", remedy="for nginx: proxy_http_version 1.1")
     reading, writing = _pipe()
     exporting = asyncio.ensure_future(server_of(request).supervisor.users.export_stream(user_id, writing))
     # However it ends, whoever reads sees the end.
