@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cgroups import parse_bytes
 from pactown_runner import Settings, errors
 from pactown_runner.api import table
 from tests.cli.conftest import COMMAND
@@ -85,3 +86,10 @@ def test_all_codes_of_errors_are_told_of() -> None:
         kind = getattr(errors, name)
         assert f"`{name}`" in told, name
         assert f"`{kind.code}`" in told, kind.code
+
+
+def test_defaults_are_those_of_the_settings() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ", (ROOT / "docs/security.md").read_text(), re.MULTILINE)
+    assert len(rows) > 5
+    for name, default in rows:
+        assert getattr(Settings(), name) == (None if default == "none" else parse_bytes(default)), name
