@@ -163,6 +163,17 @@ async def test_an_import_that_is_refused_early_says_why(
                         await client.import_user(USER, large)
 
 
+async def test_a_source_without_end_is_left_when_the_server_has_answered(api: Api, client: Client) -> None:
+    await client.start(spec("sleep 600"))
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield bytes(1 << 16)
+
+    with pytest.raises(StateError):
+        await soon(client.import_user(USER, endless()))
+
+
 async def test_an_import_whose_source_fails_changes_nothing(api: Api, client: Client, tmp_path: Path) -> None:
     await client.put_file(USER, "api", "kept", b"precious")
     await client.export_user(USER, tmp_path / "x")

@@ -126,20 +126,20 @@ async def test_a_log_goes_on_where_it_was_when_the_server_is_back(
 
     async with Client(api_settings.api_socket_path) as client:
         async with serving(supervisor, api_settings):
-            log = client.logs(USER, "api", follow=True, tail=1000, reconnect=True)
+            log = client.logs(USER, "api", follow=True, tail=1, reconnect=True)
             reading = asyncio.create_task(read(log))
             await sandbox.send(b"0\n")
             await eventually(has(0))
         for round_ in range(1, 5):
             # Printed while nobody serves.
-            await sandbox.send(f"{2 * round_ - 1}\n".encode())
+            await sandbox.send(f"{3 * round_ - 2}\n{3 * round_ - 1}\n".encode())
             async with serving(supervisor, api_settings):
-                await sandbox.send(f"{2 * round_}\n".encode())
-                await eventually(has(2 * round_))
+                await sandbox.send(f"{3 * round_}\n".encode())
+                await eventually(has(3 * round_))
                 if round_ == 4:
                     sandbox.close_stdin()
                     await soon(reading)
-    assert numbers == list(range(9))
+    assert numbers == list(range(13))
     assert log.end is not None
     assert log.end.reason == "ended"
 
