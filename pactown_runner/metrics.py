@@ -64,25 +64,28 @@ import platform
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_args
 
 from anyio import to_thread
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from cgroups import CgroupError, Stats
 
 from .errors import RunnerError
 from .events import NoteKind
-from .models import EventKind, State
+from .models import EventKind, Reason, State
+from .sandbox import Sandbox
 from .supervisor import Supervisor
-from .tallies import TENANT, Key, Labels, Tallies, used
+from .tallies import RESOURCES, TENANT, Key, Labels, Tallies, used
 
 __all__ = ["MEDIA_TYPE", "Metrics"]
 
@@ -98,7 +101,7 @@ PATIENCE_SECONDS = 30.0
 """In which the loop must have answered another thread. It takes milliseconds."""
 
 BATCH = 100
-"""Sandboxes whose numbers are added up before everything else on the loop gets its turn."""
+"""Sandboxes whose numbers are read and added up before everything else on the loop gets its turn."""
 
 SPAWN_BOUNDS = (0.001, 0.0015, 0.002, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 DELAY_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -110,18 +113,20 @@ class _Family(NamedTuple):
     name: str
     help: str
     kind: str | None = None
+    kinds: Sequence[str] = ("",)
     scale: float = 1
 
 
 _USEC: Final = 1e-6
+_LEVELS: Final = ("service", "tenant", "unknown")
 _EVENTS: Final[dict[str, _Family]] = {
     "starts": _Family("starts", "Programs executed, restarts included."),
     "restarts": _Family("restarts", "Programs executed again, by a restart policy or on demand."),
     "adoptions": _Family("adoptions", "Sandboxes taken over running from another supervisor."),
-    "ends": _Family("ends", "Runs that ended, by how they did.", "reason"),
+    "ends": _Family("ends", "Runs that ended, by how they did.", "reason", get_args(Reason)),
     "crash_loops": _Family("crash_loops", "Times that a service was given up for failing too often."),
     "unhealthy": _Family("unhealthy", "Times that a probe failed."),
-    "ooms": _Family("oom_kills", "Processes killed for want of memory, by whose limit it was.", "level"),
+    "ooms": _Family("oom_kills", "Processes killed for want of memory, by whose limit it was.", "level", _LEVELS),
     "log_lines": _Family("log_lines", "Lines written to logs."),
     "log_bytes": _Family("log_bytes", "Bytes written to logs, as they were printed."),
     "log_dropped_lines": _Family("log_dropped_lines", "Lines that the rate limit of logs dropped."),
@@ -134,8 +139,10 @@ _USED: Final[dict[str, _Family]] = {
     "forks_refused": _Family("forks_refused", "Forks that pids_max forbade."),
     "io_read": _Family("io_read_bytes", "Bytes read from disks."),
     "io_written": _Family("io_written_bytes", "Bytes written to disks."),
-    "waiting": _Family("pressure_waiting_seconds", "Time in which some task waited (PSI).", "resource", _USEC),
-    "stalled": _Family("pressure_stalled_seconds", "Time in which all tasks waited at once (PSI).", "resource", _USEC),
+    "waiting": _Family("pressure_waiting_seconds", "Time in which a task waited (PSI).", "resource", RESOURCES, _USEC),
+    "stalled": _Family(
+        "pressure_stalled_seconds", "Time in which all tasks waited (PSI).", "resource", RESOURCES, _USEC
+    ),
 }
 _GAUGES: Final = {
     "memory_current": _Family("memory_bytes", "Memory in use."),
@@ -144,6 +151,21 @@ _GAUGES: Final = {
 }
 
 Gauges = Mapping[Labels, Mapping[str, int]]
+
+
+class _Samples(list[Sample]):
+    """The samples of a metric, made when they are asked for, of which one is there at a time.
+
+    All at once, and there may be 50,000, would have Python look through the whole heap for garbage again and again, and
+    the loop wait for that.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[Sample]]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self._make()
 
 
 class _Histogram:
@@ -263,28 +285,32 @@ class Metrics(Collector):
 
     async def _look_anew(self) -> _Look:
         async with self._turn:
-            here = {(sandbox.user_id, sandbox.service_id): sandbox for sandbox in self._supervisor.list()}
-            runs = {name: sandbox.run_id for name, sandbox in here.items()}
+            supervisor, gauges = self._supervisor, defaultdict[Labels, Counter[str]](Counter)
+            sandboxes = supervisor.list()
             try:
-                found = await self._supervisor.stats(pressure=True)
-                tenants = await self._supervisor.stats_of_users(pressure=True)
+                # In parts, each of which is forgotten before the next one: see `_Samples`.
+                for first in range(0, len(sandboxes), BATCH):
+                    await self._look_at(sandboxes[first : first + BATCH], gauges)
+                tenants = await supervisor.stats_of_users(pressure=True)
             except (RunnerError, CgroupError) as error:
                 _log.warning("what sandboxes use cannot be told: %s", error)
-                found, tenants = {}, {}
-            gauges: dict[Labels, Counter[str]] = defaultdict(Counter)
-            for number, (name, stats) in enumerate(found.items()):
-                if number % BATCH == BATCH - 1:
-                    await asyncio.sleep(0)
-                # What has ended meanwhile has told all that it used, and so will what is just ending.
-                sandbox = here.get(name)
-                if sandbox is not None and sandbox.run_id == runs[name] and sandbox.cgroup is not None:
-                    self._use(*name, runs[name], stats, gauges)
+                tenants = {}
             for user_id, stats in tenants.items():
                 self._use(user_id, TENANT, None, stats, gauges)
             self._gauges = gauges
             look = self._look()
-            self._tallies.tidy({*here, *((user_id, TENANT) for user_id in tenants)}, time.monotonic())
+            live = {(sandbox.user_id, sandbox.service_id) for sandbox in sandboxes}
+            self._tallies.tidy(live | {(user_id, TENANT) for user_id in tenants}, time.monotonic())
             return look
+
+    async def _look_at(self, sandboxes: Sequence[Sandbox], gauges: Mapping[Labels, Counter[str]]) -> None:
+        runs = [(sandbox, sandbox.run_id) for sandbox in sandboxes]
+        found = await self._supervisor.stats(pressure=True, of=sandboxes)
+        for sandbox, run_id in runs:
+            name = (sandbox.user_id, sandbox.service_id)
+            # What has ended meanwhile has told all that it used, and so will what is just ending.
+            if name in found and sandbox.run_id == run_id and sandbox.cgroup is not None:
+                self._use(*name, run_id, found[name], gauges)
 
     def _use(
         self, user_id: str, service_id: str, run_id: str | None, stats: Stats, gauges: Mapping[Labels, Counter[str]]
@@ -361,25 +387,44 @@ def _counters(
     families: Mapping[str, _Family],
     counts: Sequence[tuple[Sequence[str], Mapping[Key, int]]],
 ) -> Iterator[Metric]:
-    found = {
-        name: CounterMetricFamily(prefix + family.name, family.help, labels=[*names, *filter(None, [family.kind])])
-        for name, family in families.items()
-    }
+    for name, family in families.items():
+        metric = CounterMetricFamily(prefix + family.name, family.help)
+        metric.samples = _Samples(partial(_counted, f"{metric.name}_total", names, name, family, counts))
+        yield metric
+
+
+def _counted(
+    full_name: str,
+    names: Sequence[str],
+    name: str,
+    family: _Family,
+    counts: Sequence[tuple[Sequence[str], Mapping[Key, int]]],
+) -> Iterator[Sample]:
+    keys = [((name, kind), {} if family.kind is None else {family.kind: kind}) for kind in family.kinds]
     for labels, values in counts:
-        for (name, kind), value in values.items():
-            found[name].add_metric([*labels, kind] if kind else labels, value * families[name].scale)
-    yield from found.values()
+        for key, further in keys:
+            if (value := values.get(key)) is not None:
+                yield Sample(full_name, {**dict(zip(names, labels, strict=True)), **further}, value * family.scale)
 
 
 def _in_use(
     prefix: str, names: Sequence[str], gauges: Sequence[tuple[Sequence[str], Mapping[str, int]]]
 ) -> Iterator[Metric]:
     for name, family in _GAUGES.items():
-        metric = GaugeMetricFamily(prefix + family.name, family.help, labels=names)
-        for labels, values in gauges:
-            if name in values:
-                metric.add_metric(labels, values[name])
+        metric = GaugeMetricFamily(prefix + family.name, family.help)
+        metric.samples = _Samples(partial(_used_now, metric.name, names, name, gauges))
         yield metric
+
+
+def _used_now(
+    full_name: str,
+    names: Sequence[str],
+    name: str,
+    gauges: Sequence[tuple[Sequence[str], Mapping[str, int]]],
+) -> Iterator[Sample]:
+    for labels, values in gauges:
+        if name in values:
+            yield Sample(full_name, dict(zip(names, labels, strict=True)), values[name])
 
 
 def _build() -> Metric:

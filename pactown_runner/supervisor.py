@@ -7,7 +7,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from pathlib import Path
@@ -330,20 +330,23 @@ class Supervisor:
         """The live sandboxes of this supervisor, or those of one user."""
         return [sandbox for sandbox in self._sandboxes.values() if user_id in (None, sandbox.user_id)]
 
-    async def stats(self, user_id: str | None = None, *, pressure: bool = False) -> dict[tuple[str, str], Stats]:
+    async def stats(
+        self, user_id: str | None = None, *, pressure: bool = False, of: Sequence[Sandbox] | None = None
+    ) -> dict[tuple[str, str], Stats]:
         """What the live sandboxes of this supervisor, or those of one user, use now, by user and service id.
 
         For many this is much cheaper than to ask each. What is only just being started or ended is left out.
 
         Args:
             pressure: read also for how long they waited, which takes up to twice as much time again.
+            of: these sandboxes only, some of those that there are.
 
         Raises:
             StateError: the supervisor is not running.
         """
         if self._host is None:
             raise self._refusal
-        return await stats_of_all(self._host, self.list(user_id), pressure=pressure)
+        return await stats_of_all(self._host, self.list(user_id) if of is None else of, pressure=pressure)
 
     async def stats_of_users(self, *, pressure: bool = False) -> dict[str, Stats]:
         """What users with live sandboxes of this supervisor use now, all that runs of each taken together.

@@ -18,7 +18,7 @@ from cgroups import Pressure, Stats
 from .events import NoteKind
 from .models import EventKind, Outcome
 
-__all__ = ["OTHER", "TENANT", "Key", "Labels", "Tallies", "used"]
+__all__ = ["OTHER", "RESOURCES", "TENANT", "Key", "Labels", "Tallies", "used"]
 
 OTHER: Final = "_other"
 """Stands for all services that have no count of their own. No service can be called like this."""
@@ -44,7 +44,11 @@ _USED: Final[dict[str, Key]] = {
     "io_wbytes": ("io_written", ""),
 }
 _CPU: Final[Key] = ("cpu", "")
-_RESOURCES: Final = ("cpu", "io", "memory")
+RESOURCES: Final = ("cpu", "io", "memory")
+# Made once: keys that are made anew for each sandbox and look would be a heap to look through for garbage.
+_PRESSURES: Final[dict[str, tuple[Key, Key]]] = {
+    f"{resource}_pressure": (("waiting", resource), ("stalled", resource)) for resource in RESOURCES
+}
 _FROM_THE_BEGINNING: Final = (
     *("starts", "restarts", "adoptions", "unhealthy", "crash_loops"),
     *("log_lines", "log_bytes", "log_dropped_lines", "log_dropped_bytes"),
@@ -73,12 +77,12 @@ class Labels(NamedTuple):
 def used(stats: Stats) -> dict[Key, int]:
     """The counters among a cgroup's numbers, those that this host has."""
     found = {key: value for name, key in _USED.items() if (value := getattr(stats, name)) is not None}
-    for resource in _RESOURCES:
-        pressure: Pressure | None = getattr(stats, f"{resource}_pressure")
+    for name, (waiting, stalled) in _PRESSURES.items():
+        pressure: Pressure | None = getattr(stats, name)
         if pressure is not None:
-            found["waiting", resource] = pressure.total_usec
+            found[waiting] = pressure.total_usec
             if pressure.full_total_usec is not None:
-                found["stalled", resource] = pressure.full_total_usec
+                found[stalled] = pressure.full_total_usec
     return found
 
 
@@ -96,7 +100,7 @@ class _Service:
 
     labels: Labels
     run_id: str | None = None
-    seen: Mapping[Key, int] | None = field(default_factory=dict)
+    seen: dict[Key, int] | None = field(default_factory=dict)
     cpu: int = 0
     gone_at: float | None = None
 
@@ -181,8 +185,11 @@ class Tallies:
             counts[key] = counts.get(key, 0) + grown
             if key == _CPU:
                 service.cpu += grown
-        # What could not be read this time was counted all the same.
-        service.seen = {**(seen or {}), **found}
+        if seen is None:
+            service.seen = dict(found)
+        else:
+            # What could not be read this time was counted all the same.
+            seen.update(found)
         return service.labels
 
     def _ended(self, user_id: str, service_id: str, run_id: str | None, outcome: Outcome) -> None:
