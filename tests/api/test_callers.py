@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import grp
+import json
+import pwd
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -60,15 +62,28 @@ async def state(api: Api) -> Any:
         (box.user_id, box.service_id, box.run_id, box.state, box.pid, box.restarts, box.spec.to_json())
         for box in supervisor.list()
     ]
-    files = {
-        str(path): (path.stat().st_mtime_ns, path.stat().st_size)
-        for path in api.settings.users_base.glob("pactown_*/**/*")
-    }
+    return users, alive, _files(api.settings), _rows(supervisor), _accounts(api.settings)
+
+
+def _files(settings: Settings) -> Any:
+    """All of the homes and of the logs, down to who owns what."""
+    found = {}
+    for top in (*settings.users_base.glob("pactown_*"), settings.log_dir):
+        for path in (top, *top.rglob("*")):
+            status = path.lstat()
+            found[path] = (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns)
+    return found
+
+
+def _rows(supervisor: Supervisor) -> Any:
     with supervisor._host.registry._database as db:  # type: ignore[union-attr]
-        rows = [
-            db.execute(f"SELECT * FROM {table}").fetchall() for table in ("users", "services", "starts", "standings")
-        ]
-    return users, alive, files, rows
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()]
+        return {table: db.execute(f"SELECT * FROM {table}").fetchall() for table in tables}
+
+
+def _accounts(settings: Settings) -> Any:
+    first, last = settings.uid_ranges[0]
+    return [login for login in pwd.getpwall() if first <= login.pw_uid <= last]
 
 
 @asynccontextmanager
@@ -95,6 +110,16 @@ async def serving_events(api: Api) -> AsyncIterator[list[Any]]:
     await soon(hearing)
 
 
+@pytest.mark.parametrize("name", ["delete", "start", "stop", "freeze", "restart", "put"])
+async def test_what_changes_something_would_be_seen(victim: Api, name: str) -> None:
+    row = next(row for row in ROWS if row.handler.__name__ == name)
+    client = await victim.client()
+    before = await state(victim)
+    answer = await ask(client, row)
+    assert answer.status_code == row.status, answer.text
+    assert await state(victim) != before
+
+
 @pytest.fixture
 async def victim(api: Api) -> Api:
     """A server under which something runs that could be harmed."""
@@ -111,6 +136,10 @@ STRANGERS: dict[str, tuple[dict[str, Any], int]] = {
     "with an expired token": ({"bearer": "expired"}, 401),
     "with a password": ({"headers": {"Authorization": "Basic YWRtaW46YWRtaW4="}}, 401),
     "with an empty token": ({"headers": {"Authorization": "Bearer"}}, 401),
+    "with a token in another scheme": ({"headers": {"Authorization": "Token admin"}}, 401),
+    "with a token and more": ({"headers": {"Authorization": "Bearer admin, Bearer read"}}, 401),
+    "with no text for a token": ({"headers": {b"Authorization": b"Bearer \xff\xfe"}}, 401),
+    "with a token in the address": ({"headers": {}, "params": {"access_token": "admin", "token": "admin"}}, 401),
     "with two tokens": ({"headers": [("Authorization", "Bearer admin"), ("Authorization", "Bearer admin")]}, 401),
     "under a foreign name": ({"bearer": "admin", "headers": {"Host": "evil.example"}}, 421),
     "from a foreign page": ({"bearer": "admin", "headers": {"Origin": "https://evil.example"}}, 403),
@@ -172,6 +201,25 @@ async def test_who_is_bound_to_a_tenant_neither_sees_nor_changes_another(victim:
         assert [user["saas_user_id"] for user in users] == ["other"]
 
 
+async def test_who_is_bound_to_a_tenant_gets_nothing_of_the_whole_host(victim: Api) -> None:
+    client = await victim.client("shop")
+    rows = [row for row in ROWS if row.access.whole_host]
+    assert rows
+    async with nothing_changes(victim):
+        for row in rows:
+            answer = await ask(client, row)
+            assert (answer.status_code, answer.json()["code"]) == (403, "forbidden"), row.name
+
+
+async def test_who_is_bound_to_a_tenant_and_may_read_changes_nothing_of_its_own(victim: Api) -> None:
+    client = await victim.client("shop-read")
+    async with nothing_changes(victim):
+        for row in ROWS:
+            answer = await ask(client, row)
+            refused = row.access.role == "admin" or row.access.whole_host
+            assert (answer.status_code == 403) is refused, (row.name, answer.text)
+
+
 async def test_who_is_bound_to_a_tenant_has_to_do_with_that_one(victim: Api) -> None:
     shop, reader = await victim.client("shop"), await victim.client("shop-read")
     path = f"/runner/sandboxes/{quote(USER)}/api"
@@ -197,8 +245,13 @@ async def test_pages_that_are_allowed_and_names_that_are_known(supervisor: Super
 # On the socket -----------------------------------------------------------------------------------------------------
 
 
+STRANGER = 54321
+"""A uid that is nobody's."""
+
+
 def curl_as(api: Api, uid: int, gid: int, groups: list[int], *words: str) -> subprocess.CompletedProcess[bytes]:
-    command = ["curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "--unix-socket", str(api.where.socket), *words]
+    where = [] if "--connect-to" in words else ["--unix-socket", str(api.where.socket)]
+    command = ["curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", *where, *words]
     return subprocess.run(
         command, user=uid, group=gid, extra_groups=groups, capture_output=True, check=False, timeout=30, cwd="/"
     )
@@ -212,13 +265,17 @@ def let_everybody_in(api: Api) -> None:
     path.parent.chmod(0o711)
 
 
-async def everything_as(api: Api, uid: int, gid: int, groups: list[int]) -> set[bytes]:
-    """What this process is told for each row of the table."""
+async def everything_as(api: Api, uid: int, groups: list[int], *words: str) -> set[bytes]:
+    """What this process is told for each row of the table, body and all."""
     answers = set()
     for row in ROWS:
         request = request_of(row)
-        words = ["-X", row.method, "-m", "10", f"http://localhost{request['url']}"]
-        done = await asyncio.to_thread(curl_as, api, uid, gid, groups, *words)
+        body = json.dumps(request["json"]) if "json" in request else request.get("content", b"").decode()
+        given = ["-H", "Content-Type: application/json", "--data-raw", body] if body else []
+        url = f"http://localhost{request['url']}"
+        done = await asyncio.to_thread(
+            curl_as, api, uid, uid, groups, "-X", row.method, "-m", "10", *given, *words, url
+        )
         answers.add(done.stdout)
     return answers
 
@@ -238,7 +295,26 @@ async def test_a_tenant_on_the_socket_gets_nothing(victim: Api) -> None:
         assert done.returncode == 7, "it could connect"
     let_everybody_in(victim)
     async with nothing_changes(victim):
-        assert await everything_as(victim, tenant.linux_uid, tenant.linux_gid, []) == {b"403"}
+        assert await everything_as(victim, tenant.linux_uid, []) == {b"403"}
+
+
+async def test_a_tenant_on_the_loopback_interface_gets_nothing(victim: Api) -> None:
+    tenant = victim.supervisor.get(USER, "api").user
+    assert victim.where.address is not None
+    # Who has no token is as good as not there, whatever it says of itself.
+    to_port = ("--connect-to", f"localhost:80:127.0.0.1:{victim.where.address[1]}")
+    said = ("-H", "X-Forwarded-For: 127.0.0.1", "-H", "X-Forwarded-User: root")
+    async with nothing_changes(victim):
+        assert await everything_as(victim, tenant.linux_uid, [], *to_port, *said) == {b"401"}
+        assert await everything_as(victim, tenant.linux_uid, [], *to_port, "-H", "Authorization: Bearer x") == {b"401"}
+
+
+async def test_a_uid_that_is_not_of_the_group_gets_nothing_on_the_socket(victim: Api) -> None:
+    let_everybody_in(victim)
+    async with nothing_changes(victim):
+        assert await everything_as(victim, STRANGER, []) == {b"403"}
+        # Of groups that mean something elsewhere.
+        assert await everything_as(victim, STRANGER, [0, 4, 27]) == {b"403"}
 
 
 async def test_only_the_group_may_use_the_socket_and_no_tenant_by_it(
@@ -251,11 +327,10 @@ async def test_only_the_group_may_use_the_socket_and_no_tenant_by_it(
         status = api.where.socket.stat()
         assert (status.st_mode & 0o777, status.st_uid, status.st_gid) == (0o660, 0, gid)
         let_everybody_in(api)
-        stranger = 54321
         words = "http://localhost/healthz"
         for groups, answer in (([], b"403"), ([gid], b"200"), ([1, gid, 7], b"200"), ([gid + 1], b"403")):
-            done = await asyncio.to_thread(curl_as, api, stranger, stranger, groups, words)
+            done = await asyncio.to_thread(curl_as, api, STRANGER, STRANGER, groups, words)
             assert done.stdout == answer, groups
-        assert (await asyncio.to_thread(curl_as, api, stranger, gid, [], words)).stdout == b"200"
+        assert (await asyncio.to_thread(curl_as, api, STRANGER, gid, [], words)).stdout == b"200"
         uid = settings.uid_ranges[0][0]
         assert (await asyncio.to_thread(curl_as, api, uid, gid, [gid], words)).stdout == b"403"
