@@ -91,8 +91,21 @@ def say(line: str) -> None:
 
 
 def typed(*words: str) -> str:
-    """A command of ours, as it is to be typed."""
-    return shlex.join(["pactown-runner", *words])
+    """A command of ours, as it is to be typed: on one line, whatever somebody chose for an id."""
+    return " ".join(map(_quoted, ("pactown-runner", *words)))
+
+
+def _quoted(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    return "$'" + "".join(map(_escaped, word)) + "'"
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable() and character not in "'\\":
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def look_for_services(user_id: str) -> str:

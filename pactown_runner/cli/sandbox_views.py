@@ -279,6 +279,8 @@ def _details(details: Mapping[str, Any]) -> str:
             words.append(" ".join(f"{key}={item}" for key, item in value.items()))
         elif name == "message":
             words.append(str(value))
+        elif name == "seconds" and isinstance(value, int | float):
+            words.append(f"in {duration_of(value)}")
         elif value is not None and not (name == "reason" and "message" in details):
             words.append(f"{name} {value}")
     return ", ".join(words)

@@ -35,25 +35,36 @@ def test_version() -> None:
     assert done.stdout.startswith("pactown-runner ")
 
 
+COMMANDS = [
+    *("run", "serve", "start", "ps", "stop", "restart", "freeze", "thaw", "signal", "exec", "logs", "stats", "limits"),
+    *("tiers", "events", "put", "get", "doctor", "purge"),
+]
+
+
 def test_help_lists_the_commands() -> None:
     done = _run(*COMMAND, "--help")
     assert done.returncode == 0
-    for name in ("run", "serve", "exec", "logs", "put", "get", "users", "doctor", "purge"):
+    for name in (*COMMANDS, "users"):
         assert f" {name} " in done.stdout
 
 
+ASKING = ["start", "ps", "stop", "restart", "freeze", "thaw", "signal", "stats", "limits", "tiers", "events"]
+"""Those that ask a server. Their help ends with an example."""
 USERS = ["list", "create", "show", "stats", "export", "import", "delete"]
 
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "serve", "exec", "logs", "put", "get", "doctor", "purge", *(f"users {command}" for command in USERS)],
+    [*COMMANDS, *(f"users {command}" for command in USERS)],
 )
 def test_each_command_has_help(command: str) -> None:
     done = _run(*COMMAND, *command.split(), "-h")
     assert done.returncode == 0
     assert f"pactown-runner {command}" in done.stdout
     assert "--users-base" in done.stdout
+    if command in ASKING:
+        assert "--server" in done.stdout
+        assert f"pactown-runner {command} " in done.stdout.partition("Exit code: 0; 1 if")[2] + " "
 
 
 def test_help_of_users_lists_their_commands_and_says_what_json_is() -> None:
