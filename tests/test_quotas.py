@@ -23,7 +23,7 @@ from pactown_runner.quotas import quotas_at
 from pactown_runner.registry import Registry
 from pactown_runner.users import Users
 from tests import hostsweep
-from tests.supervising import ROOT, USER, leftovers, spec
+from tests.supervising import ROOT, USER, Child, eventually, leftovers, processes_of, spec
 
 if TYPE_CHECKING:
     from tests.hostguard import Run
@@ -74,6 +74,28 @@ async def test_nothing_starts_where_a_limit_would_not_be_enforced(unlimited: Set
         with pytest.raises(LimitsError):
             await supervisor.start(spec("true"))
         assert await supervisor.users.list() == []
+    assert leftovers(settings) == []
+
+
+STARTED = """
+async def work(supervisor):
+    await supervisor.start(spec(["sleep", "1000"]))
+    await say("started")
+    await told()
+"""
+
+
+@pytest.mark.parametrize("limited", [False, True])
+async def test_nothing_is_gone_on_with_where_a_limit_would_not_be_enforced(unlimited: Settings, limited: bool) -> None:
+    with closing(Child(unlimited, STARTED)) as process:
+        assert await process.line() == "started"
+        await process.killed()
+    settings = replace(unlimited, tenant_disk_max=1 << 20) if limited else unlimited
+    async with Supervisor(settings=settings) as supervisor:
+        (user,) = await supervisor.users.list()
+        found: list[str] = [] if limited else ["running"]
+        await eventually(lambda: bool(processes_of(user.linux_uid)) != limited)
+        await eventually(lambda: [sandbox.state for sandbox in supervisor.list()] == found)
     assert leftovers(settings) == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import hashlib
 import itertools
 import json
@@ -483,6 +485,26 @@ def test_a_range_is_used_up_to_the_last_uid_and_none_twice(users_base: Path) -> 
         assert len(registry.users()) == 300
 
 
+@contextlib.contextmanager
+def coming_and_going(login: str, uid: int) -> Iterator[Counter[int]]:
+    """Meanwhile somebody else makes and removes a login, again and again; how often useradd ended with which code."""
+    stop = threading.Event()
+    codes: Counter[int] = Counter()
+
+    def add_and_remove() -> None:
+        while not stop.is_set():
+            codes[useradd(login, uid)] += 1
+            subprocess.run(["userdel", login], check=False, capture_output=True, timeout=60)
+
+    thread = threading.Thread(target=add_and_remove)
+    thread.start()
+    try:
+        yield codes
+    finally:
+        stop.set()
+        thread.join()
+
+
 def complaints(names: list[str]) -> list[str]:
     """What pwck and grpck say about these names."""
     said = ""
@@ -493,24 +515,11 @@ def complaints(names: list[str]) -> list[str]:
 
 @pytest.mark.host
 def test_two_processes_beside_a_foreign_useradd(state: State, foreign: str, test_run: hostguard.Run) -> None:
-    stop = threading.Event()
-
-    def keep_adding() -> Counter[int]:
-        codes: Counter[int] = Counter()
-        while not stop.is_set():
-            codes[useradd(foreign, test_run.uids[1])] += 1
-            subprocess.run(["userdel", foreign], check=False, capture_output=True, timeout=60)
-        return codes
-
     children = [state.run(RACE, name) for name in ("one", "two")]
-    with ThreadPoolExecutor(3) as pool:
-        adding = pool.submit(keep_adding)
-        try:
-            outputs = list(pool.map(lambda child: child.communicate("\n", timeout=120)[0], children))
-        finally:
-            stop.set()
+    with coming_and_going(foreign, test_run.uids[1]) as came, ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(lambda child: child.communicate("\n", timeout=120)[0], children))
     assert [child.returncode for child in children] == [0, 0]
-    assert adding.result()[0] > 0
+    assert came[0] > 0
     one, two = (json.loads(output.splitlines()[-1]) for output in outputs)
     shared = one.keys() & two.keys()
     assert len(shared) == 9
@@ -523,6 +532,38 @@ def test_two_processes_beside_a_foreign_useradd(state: State, foreign: str, test
     for name, uid in made.values():
         assert pwd.getpwnam(name).pw_uid == uid
     assert complaints([name for name, _ in made.values()]) == []
+
+
+CROWD = """
+from concurrent.futures import ThreadPoolExecutor
+
+ids = [sys.argv[4]] * 25 + [f"{sys.argv[4]} {sys.argv[5]} {number}" for number in range(25)]
+with ThreadPoolExecutor(len(ids)) as pool:
+    made = list(pool.map(users.get_or_create, ids))
+print(json.dumps([[user.saas_user_id, user.linux_username, user.linux_uid] for user in made]))
+registry.close()
+"""
+
+
+@pytest.mark.host
+def test_a_crowd_from_two_processes_beside_a_foreign_useradd(
+    state: State, own: str, foreign: str, test_run: hostguard.Run
+) -> None:
+    """50 at once ask for one id, and 50 for others."""
+    children = [state.run(CROWD, own, name) for name in ("one", "two")]
+    with coming_and_going(foreign, test_run.uids[1]) as came, ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(lambda child: child.communicate("\n", timeout=100)[0], children))
+    assert [child.returncode for child in children] == [0, 0]
+    assert came[0] > 0
+    made = [tuple(user) for output in outputs for user in json.loads(output.splitlines()[-1])]
+    assert len(made) == 100
+    accounts = set(made)
+    assert len({saas_user_id for saas_user_id, _, _ in accounts}) == len(accounts) == 51
+    assert len({name for _, name, _ in accounts}) == len({uid for _, _, uid in accounts}) == 51
+    assert {(user.saas_user_id, user.linux_username, user.linux_uid) for user in state.users.list()} == accounts
+    for _, name, uid in accounts:
+        assert pwd.getpwnam(name).pw_uid == grp.getgrnam(name).gr_gid == uid
+    assert complaints([name for _, name, _ in accounts]) == []
 
 
 @pytest.mark.host
