@@ -11,7 +11,7 @@ All blocks of a document are steps of one shell session, in a state and a direct
     ```text      is what the Python above prints
 
 In what is printed `…` stands for whatever there is in a line, and a line `...` for any lines. Uids, keys, ports and the
-directories of the state are the test's.
+directories of the state are the test's, and columns are as wide as those need.
 
 A comment above a block says what is to be different, and nothing else can:
 
@@ -41,7 +41,7 @@ from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 60.0
+SECONDS = 150.0
 """So long a document may take."""
 
 REASONS = frozenset({"it installs packages", "it needs systemd", "it is how these tests are run"})
@@ -264,7 +264,7 @@ class Session:
         # The key is longer where another run of these tests has the same tenant.
         text = re.sub(r"(?<=pactown[_-])[0-9a-f]{8,24}\b", "KEY", text)
         text = text.replace(self._environ["PACTOWN_CGROUP_SLICE"], "pactown.slice")
-        return re.sub(r"\b\d{5}\b", "UID", text)
+        return re.sub(r" +", " ", re.sub(r"\b\d{5}\b", "UID", text))
 
 
 _BEGIN = """\

@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from cgroups import parse_bytes
 from pactown_runner import Settings, errors
 from pactown_runner.api import table
+from pactown_runner.cli.app import make_app
 from tests.cli.conftest import COMMAND
 from tests.documents import ROOT, Session, blocks
 
@@ -39,7 +43,7 @@ def session(settings: Settings, tmp_path: Path) -> Session:
 
 
 @pytest.mark.host
-@pytest.mark.deadline(180)
+@pytest.mark.deadline(200)
 @pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
 def test_blocks_do_what_they_say(path: Path, session: Session) -> None:
     here = [block for block in blocks(path) if block.mark in ("", "server")]
@@ -93,3 +97,28 @@ def test_defaults_are_those_of_the_settings() -> None:
     assert len(rows) > 5
     for name, default in rows:
         assert getattr(Settings(), name) == (None if default == "none" else parse_bytes(default)), name
+
+
+def test_all_commands_are_told_of_with_their_options() -> None:
+    rows = re.findall(
+        r"^\| `([a-z]+(?: [a-z]+)?)\b[^`]*` \| [^|]+ \|(.*)\|$", (ROOT / "docs/cli.md").read_text(), re.MULTILINE
+    )
+    told = {name: set(re.findall(r"`(--[a-z-]+)`", options)) for name, options in rows}
+    ours = dict(_commands(get_command(make_app())))
+    assert told.keys() == ours.keys()
+    for name, options in ours.items():
+        assert told[name] == options, name
+
+
+COMMON = {"--help", "--json", "--server", "--users-base", "--config"}
+
+
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, set[str]]]:
+    """Each command, with the options that are not required, nor those of most."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before}{name} ")
+            continue
+        found = [item for item in command.params if item.param_type_name == "option" and not item.required]
+        words = {word for item in found if not item.hidden for word in item.opts}
+        yield before + name, {word for word in words if word.startswith("--")} - COMMON
