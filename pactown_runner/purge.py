@@ -265,7 +265,8 @@ class Purge:
         settings = self.settings
         self._held.close()  # the registry and our owner's lock
         self._remove_known(settings.log_dir, lambda name: name.startswith(PREFIX))
-        self._remove_known(settings.run_dir, lambda name: name == "fifo")
+        api = settings.api_socket
+        self._remove_known(settings.run_dir, lambda name: name in ("fifo", api, f"{api}.lock"))
         self._remove_known(settings.state_dir, lambda name: name == "owners" or name.startswith("registry.db"))
         # Homes of others, or whatever the operator put there, may be in it.
         with contextlib.suppress(OSError):

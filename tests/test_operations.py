@@ -164,3 +164,14 @@ async def test_a_tenant_moves_to_another_host(here: Host, settings: Settings, tm
     (moved,) = settings.users_base.glob("new-host/pactown_*/sandboxes/web/file")
     assert moved.read_text() == "kept\n"
     assert json.loads(here("pactown-runner users list --json"))["count"] == 0
+
+
+# ---- Remove
+
+
+async def test_nothing_of_a_server_is_left(settings: Settings, environ: dict[str, str]) -> None:
+    with subprocess.Popen(["pactown-runner", "serve"], env=environ, stderr=subprocess.DEVNULL) as server:
+        await eventually((settings.run_dir / "api.sock").exists)
+        server.terminate()
+    typed("pactown-runner purge --yes", environ)
+    assert not settings.state_dir.exists()
