@@ -122,3 +122,9 @@ def _commands(group: Any, before: str = "") -> Iterator[tuple[str, set[str]]]:
         found = [item for item in command.params if item.param_type_name == "option" and not item.required]
         words = {word for item in found if not item.hidden for word in item.opts}
         yield before + name, {word for word in words if word.startswith("--")} - COMMON
+
+
+def test_all_words_of_make_are_told_of() -> None:
+    told = re.findall(r"^\| `make ([a-z-]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    ours = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert sorted(told) == sorted({*ours} - {"help"})
