@@ -78,11 +78,13 @@ class Caller:
         name: the token's, or the uid.
         role: `read` changes nothing.
         tenant: the only SaaS user that the caller has to do with; None for all.
+        expires: when it is nobody any more, in seconds since the epoch; None for never.
     """
 
     name: str
     role: Role
     tenant: str | None = None
+    expires: float | None = None
 
     @property
     def changes(self) -> bool:
@@ -142,7 +144,7 @@ class Callers:
         if scheme.lower() != "bearer":
             return None
         token = token_of(given.strip(), self._tokens, self._clock())
-        return None if token is None else Caller(token.name, token.role, token.tenant)
+        return None if token is None else Caller(token.name, token.role, token.tenant, token.expires)
 
 
 def group_id(name: str) -> int:

@@ -66,7 +66,16 @@ def create_app(
         ConfigError: the group that may use the socket is not there.
     """
     settings = settings or supervisor.settings
-    server = Server(supervisor, settings, Metrics(supervisor), heartbeat=heartbeat, longest_stream=longest_stream)
+    server = Server(
+        supervisor,
+        settings,
+        Metrics(supervisor),
+        heartbeat=heartbeat,
+        longest_stream=longest_stream,
+        clock=clock,
+    )
+        supervisor, settings, Metrics(supervisor), heartbeat=heartbeat, longest_stream=longest_stream, clock=clock
+    )
     routes = _routes(settings)
     routes.state.server = server
     app: ASGIApp = Gate(routes, settings, Callers(settings, clock))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from ..supervisor import Supervisor
 from .access import Caller
 from .problems import ProblemError
 
-__all__ = ["HEARTBEAT", "Server", "caller_of", "server_of", "while_connected"]
+__all__ = ["HEARTBEAT", "Server", "caller_of", "server_of", "server_stopping", "while_connected"]
 
 HEARTBEAT = 15.0
 """Seconds after which a stream that has nothing to say says so: proxies and clients take silence for an end."""
@@ -34,6 +35,7 @@ class Server:
         stopping: the server takes no more, and what lasts comes to an end.
         heartbeat: seconds, see `HEARTBEAT`.
         longest_stream: seconds after which a stream ends, with the reason `time`; None for never.
+        clock: seconds since the epoch, by which tokens expire.
     """
 
     supervisor: Supervisor
@@ -42,6 +44,7 @@ class Server:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     heartbeat: float = HEARTBEAT
     longest_stream: float | None = None
+    clock: Callable[[], float] = time.time
 
 
 def server_of(request: Request) -> Server:
@@ -56,6 +59,11 @@ def caller_of(request: Request) -> Caller:
     caller = request.scope["pactown.caller"]
     assert isinstance(caller, Caller)
     return caller
+
+
+def server_stopping() -> ProblemError:
+    """What callers of a server are told that stops; the next one, if there is one, is there soon."""
+    return ProblemError(503, "server-stopping", "the server stops", headers={"Retry-After": "1"})
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -78,7 +86,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait([working, *others])
     if working.cancelled():
         if stopping.is_set():
-            raise ProblemError(503, "server-stopping", "the server stops, and with it what was asked for")
+            raise server_stopping()
         raise ProblemError(400, "caller-gone", "the caller went away")
     return working.result()
 

@@ -13,6 +13,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Send
 
 from ..errors import RunnerError
+from .access import Caller
 from .problems import problem_of
 from .server import Server
 
@@ -67,17 +68,21 @@ class Closing(StreamingResponse):
             await super().stream_response(send)
 
 
-def event_stream(server: Server, source: AsyncGenerator[Message, None]) -> Closing:
-    """The answer that sends events as they come, ends with a reason, and is never silent for long."""
+def event_stream(server: Server, caller: Caller, source: AsyncGenerator[Message, None]) -> Closing:
+    """The answer that sends events as they come, ends with a reason, and is never silent for long.
+
+    It lasts no longer than the caller's token, and than the server lets it.
+    """
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return Closing(_stream(server, source), media_type=MEDIA_TYPE, headers=headers)
+    return Closing(_stream(server, caller, source), media_type=MEDIA_TYPE, headers=headers)
 
 
-async def _stream(server: Server, source: AsyncGenerator[Message, None]) -> AsyncGenerator[bytes, None]:
+async def _stream(server: Server, caller: Caller, source: AsyncGenerator[Message, None]) -> AsyncGenerator[bytes, None]:
     loop = asyncio.get_running_loop()
     stopping = asyncio.ensure_future(server.stopping.wait())
     coming: asyncio.Future[Message | None] | None = None
-    over = math.inf if server.longest_stream is None else loop.time() + server.longest_stream
+    lasts, why = _bound(server, caller)
+    over = loop.time() + lasts
     try:
         # The head goes out with it: clients see that they are heard.
         yield b":\n\n"
@@ -90,7 +95,7 @@ async def _stream(server: Server, source: AsyncGenerator[Message, None]) -> Asyn
                 yield end("server-stopping").rendered()
                 return
             if loop.time() >= over:
-                yield end("time").rendered()
+                yield end(why).rendered()
                 return
             if not coming.done():
                 yield b":\n\n"
@@ -107,6 +112,13 @@ async def _stream(server: Server, source: AsyncGenerator[Message, None]) -> Asyn
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         await source.aclose()
+
+
+def _bound(server: Server, caller: Caller) -> tuple[float, str]:
+    """For how many seconds a stream may go on, and why it ends then."""
+    longest = math.inf if server.longest_stream is None else server.longest_stream
+    left = math.inf if caller.expires is None else caller.expires - server.clock()
+    return (left, "token-expired") if left < longest else (longest, "time")
 
 
 async def _next(source: AsyncGenerator[Message, None]) -> Message | None:

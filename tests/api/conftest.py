@@ -27,7 +27,7 @@ NOW = 1_800_000_000.0
 
 def token(name: str, **options: Any) -> Token:
     """A token whose secret is its name."""
-    values = {"role": "admin", "expires": NOW + 1.0, **options}
+    values = {"role": "admin", "expires": NOW + 3600.0, **options}
     return Token(name=name, sha256=hashlib.sha256(name.encode()).hexdigest(), **values)
 
 
@@ -35,6 +35,7 @@ TOKENS = (
     token("admin"),
     token("read", role="read"),
     token("expired", expires=NOW),
+    token("brief", expires=NOW + 0.05),
     token("shop", tenant=USER),
     token("shop-read", role="read", tenant=USER),
     token("other", tenant="other"),

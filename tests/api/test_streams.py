@@ -175,6 +175,14 @@ async def test_a_stream_lasts_no_longer_than_it_may(supervisor: Supervisor, api_
                 assert (await events.rest())[-1] == Event("end", {"reason": "time"}, None)
 
 
+async def test_a_stream_lasts_no_longer_than_the_token_that_it_was_asked_for_with(api: Api) -> None:
+    await api.supervisor.start(spec("echo ready; sleep 600"))
+    client = await api.client("brief")
+    for path in ("/runner/events", LOGS + "?follow=1"):
+        async with stream(client, path) as events:
+            assert (await events.rest())[-1] == Event("end", {"reason": "token-expired"}, None)
+
+
 async def test_a_reader_that_goes_away_leaves_nothing(api: Api) -> None:
     client = await api.client()
     await api.supervisor.start(spec("sleep 600"))

@@ -6,9 +6,8 @@ from typing import Any
 
 from fastapi import Request
 
-from ..problems import ProblemError
 from ..schemas import Health
-from ..server import server_of
+from ..server import server_of, server_stopping
 
 __all__ = ["alive", "document", "ready"]
 
@@ -22,7 +21,7 @@ async def ready(request: Request) -> Health:
     """Whether the server can do what it is for: the registry can be read, and it does not stop."""
     server = server_of(request)
     if server.stopping.is_set():
-        raise ProblemError(503, "server-stopping", "the server stops")
+        raise server_stopping()
     # No user has a longer id than this, nor this one.
     await server.supervisor.users.get("-")
     return Health(status="ready")

@@ -49,14 +49,16 @@ async def logs(  # noqa: PLR0917 - FastAPI gives them by name
     """What a service has printed, over all its runs, as server-sent events; it need not run.
 
     Each `record` has its number as its id, so that a client that comes back goes on where it was. The last event is
-    `end`, and says why: `read` (there is no more), `ended` (the service has), `not-running` or `server-stopping`.
+    `end`, and says why: `read` (there is no more), `ended` (the service has), `not-running`, `server-stopping`,
+    `token-expired`, `time` (it lasted as long as it may) or `failed`, with the problem.
     """
     check_service_id(service_id)
     await known_user(request, user_id)
     server = server_of(request)
     if last_id is not None and last_id.isascii() and last_id.isdecimal() and len(last_id) <= 18:
         since, tail = int(last_id), None
-    return event_stream(server, _records(server, user_id, service_id, Wanted(follow, since, tail)))
+    records = _records(server, user_id, service_id, Wanted(follow, since, tail))
+    return event_stream(server, caller_of(request), records)
 
 
 async def _records(server: Server, user_id: str, service_id: str, wanted: Wanted) -> AsyncGenerator[Message, None]:
@@ -96,7 +98,7 @@ async def events(
     A client that is too slow is told by `missed` how many it did not get. The last event is `end`, and says why.
     """
     server, caller = server_of(request), caller_of(request)
-    return event_stream(server, _events(server, caller, user_id))
+    return event_stream(server, caller, _events(server, caller, user_id))
 
 
 async def _events(server: Server, caller: Caller, user_id: str | None) -> AsyncGenerator[Message, None]:
