@@ -67,13 +67,6 @@ def create_app(
     """
     settings = settings or supervisor.settings
     server = Server(
-        supervisor,
-        settings,
-        Metrics(supervisor),
-        heartbeat=heartbeat,
-        longest_stream=longest_stream,
-        clock=clock,
-    )
         supervisor, settings, Metrics(supervisor), heartbeat=heartbeat, longest_stream=longest_stream, clock=clock
     )
     routes = _routes(settings)
