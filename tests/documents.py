@@ -57,7 +57,7 @@ class Block:
     """A fenced block.
 
     Attributes:
-        where: the document, and the line that it begins in.
+        where: the document, and the line that its text begins in.
         language: what stands behind the fence.
         text: what is within.
         mark: the comment above, or empty.
@@ -108,7 +108,7 @@ def blocks(path: Path) -> list[Block]:
     """
     document, found = path.read_text(), []
     for match in _BLOCK.finditer(document):
-        line = document.count("\n", 0, match.start("text"))
+        line = document.count("\n", 0, match.start("text")) + 1
         block = Block(f"{path.name}:{line}", match["language"], match["text"], match["mark"] or "")
         assert block.language in _LANGUAGES, f"{block.where}: nobody knows how to run {block.language!r}"
         reason = block.mark.removeprefix("not run: ")
@@ -281,19 +281,19 @@ done"""
 
 def _typed(block: Block) -> Iterator[Step]:
     """The commands of a console, and what stands below them."""
+    document, _, line = block.where.rpartition(":")
     command: list[str] = []
     shown: list[str] = []
-    where = int(block.where.rpartition(":")[2])
-    for number, line in enumerate([*block.text.splitlines(), "# "]):
-        if line.startswith("# ") and command:
-            text = "".join(f"{part}\n" for part in shown)
-            yield Step(f"{block.where.rpartition(':')[0]}:{where}", "\n".join(command), [text])
-            command, shown, where = [], [], where + number
-        if line.startswith("# ") or _goes_on("\n".join(command)):
-            command.append(line.removeprefix("# "))
+    where = int(line)
+    for number, text in enumerate([*block.text.splitlines(), "# "], int(line)):
+        if text.startswith("# ") and command:
+            yield Step(f"{document}:{where}", "\n".join(command), ["".join(f"{part}\n" for part in shown)])
+            command, shown, where = [], [], number
+        if text.startswith("# ") or _goes_on("\n".join(command)):
+            command.append(text.removeprefix("# "))
         else:
             assert command, f"{block.where}: a console begins with a command, behind '# '"
-            shown.append(line)
+            shown.append(text)
 
 
 def _goes_on(command: str) -> bool:

@@ -13,9 +13,10 @@ import pytest
 from typer.main import get_command
 
 from cgroups import parse_bytes
-from pactown_runner import Settings, errors
+from pactown_runner import Settings, Supervisor, errors
 from pactown_runner.api import table
 from pactown_runner.cli.app import make_app
+from pactown_runner.metrics import Metrics
 from tests.cli.conftest import COMMAND
 from tests.documents import ROOT, Session, blocks
 
@@ -128,3 +129,14 @@ def test_all_words_of_make_are_told_of() -> None:
     told = re.findall(r"^\| `make ([a-z-]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     ours = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert sorted(told) == sorted({*ours} - {"help"})
+
+
+@pytest.mark.host
+async def test_all_metrics_are_told_of(supervisor: Supervisor) -> None:
+    counted = Metrics(supervisor)
+    async with counted.watching():
+        text = (await counted.render()).decode()
+    ours = set(re.findall(r"^# TYPE (pactown_\w+)", text, re.MULTILINE))
+    told = set(re.findall(r"`(pactown_\w+)`", (ROOT / "docs/metrics.md").read_text()))
+    assert told <= ours
+    assert {name for name in ours - told if not name.startswith("pactown_tenant_")} == set()
