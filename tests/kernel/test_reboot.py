@@ -55,6 +55,10 @@ async def ready() -> dict[str, Any]:
     return service()
 
 
+def unit(property_: str) -> str:
+    return typed(f"systemctl show --property={property_} --value pactown-runner.service")
+
+
 def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text()
 
@@ -110,3 +114,15 @@ async def test_it_is_back_after_the_reboot() -> None:
     assert found["isolation"]["uid"] == before["isolation"]["uid"]
     assert found["command"] == before["command"]
     assert_runs(found)
+    # From here on it is what the documentation says of the units' end.
+    _fetch, upgrade = commands("operations.md", "Upgrade")
+    supervisor = unit("MainPID")
+    typed(upgrade)
+    assert unit("MainPID") != supervisor
+    after = service()
+    assert (after["pid"], after["run_id"]) == (found["pid"], found["run_id"])
+    assert_runs(after)
+    (remove,) = commands("operations.md", "Remove it")
+    typed(remove)
+    assert not Path(f"/proc/{found['pid']}").exists()
+    assert hostguard.strangers() <= {"cgroup /sys/fs/cgroup/pactown.slice"}
