@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -85,6 +86,8 @@ async def _with_api(supervisor: Supervisor, *, on_terminal: bool) -> AsyncGenera
             api = ", ".join(([] if where.socket is None else [str(where.socket)]) + tcp)
         if on_terminal:
             _show(supervisor.settings, api)
+        else:
+            logging.getLogger(__name__).info("API: %s", api)
         yield
 
 
@@ -105,8 +108,6 @@ def _show(settings: Settings, api: str) -> None:
 
 
 def _log_to_stderr(*, on_terminal: bool) -> None:
-    import logging  # noqa: PLC0415
-
     import structlog  # noqa: PLC0415
 
     first: list[structlog.types.Processor] = [
