@@ -27,6 +27,7 @@ from pactown_runner.errors import RunnerError
 from pactown_runner.events import EventReader
 
 PACKAGE = ("/pactown_runner/", "/cgroups/")
+# With the slice's name behind them, so that each run has users, and hence logins, of its own.
 USERS = ["one", "two"]
 MORE = ["more-1", "more-2"]
 SERVICES = ["a", "b"]
@@ -160,23 +161,26 @@ def die_after(steps: int, aim: str, where: Path) -> None:
 class Chaos:
     """Deeds at random. One thing at a time is done with a service, or the diary would not tell what came last."""
 
-    def __init__(self, supervisor: Supervisor, diary: Diary, chance: random.Random, deletions: float) -> None:
+    def __init__(
+        self, supervisor: Supervisor, diary: Diary, chance: random.Random, deletions: float, suffix: str
+    ) -> None:
         self._supervisor = supervisor
         self._diary = diary
         self._chance = chance
         self._deletions = deletions
+        self._users, self._more = ([name + suffix for name in names] for names in (USERS, MORE))
         self._busy: set[tuple[str, str]] = set()
 
     async def act(self) -> None:
         chance = self._chance
         if chance.random() < self._deletions:
-            user = chance.choice(USERS + MORE)
+            user = chance.choice(self._users + self._more)
             names, deed = {(user, service) for service in SERVICES}, self._delete(user)
         elif chance.random() < 0.1:
-            user = chance.choice(MORE)
+            user = chance.choice(self._more)
             names, deed = {(user, service) for service in SERVICES}, self._create(user)
         else:
-            user, service = chance.choice(USERS), chance.choice(SERVICES)
+            user, service = chance.choice(self._users), chance.choice(SERVICES)
             names, deed = {(user, service)}, self._serve(user, service)
         if names & self._busy:
             deed.close()
@@ -262,9 +266,12 @@ async def main(given: dict[str, Any], base: Path, seed: int, steps: int, aim: st
     uid_ranges = tuple(tuple(pair) for pair in given.pop("uid_ranges"))
     if steps:
         die_after(steps, aim, base / "points")
-    supervisor = Supervisor(settings=Settings(uid_ranges=uid_ranges, **given))
+    settings = Settings(uid_ranges=uid_ranges, **given)
+    supervisor = Supervisor(settings=settings)
     async with noting(diary, supervisor.events()), supervisor:
-        chaos = Chaos(supervisor, diary, chance, 0.3 if aim in ("create", "delete") else 0.03)
+        chaos = Chaos(
+            supervisor, diary, chance, 0.3 if aim in ("create", "delete") else 0.03, f"@{settings.cgroup_slice}"
+        )
         print("ready", flush=True)
         while True:
             await asyncio.gather(*(chaos.act() for _ in range(chance.randrange(1, 4))))

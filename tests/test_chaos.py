@@ -181,8 +181,8 @@ async def test_nothing_is_lost_doubled_or_left_however_often_it_is_killed(settin
         await _check_logs(supervisor, wreck, outputs)
     assert leftovers(settings) == []
     _reap_those_left()
-    assert [line for line in wreck.failures if REFUSALS.get(line.split()[1], "") not in line.split()] == []
     _check_points(tmp_path / "points", wreck, outputs)
+    assert [line for line in wreck.failures if REFUSALS.get(line.split()[1], "") not in line.split()] == []
 
 
 def _check_points(file: Path, wreck: Wreck, outputs: Outputs) -> None:
@@ -302,7 +302,7 @@ def _check_tree(settings: Settings, there: Collection[Name], users: Collection[U
 
 
 async def _check_logs(supervisor: Supervisor, wreck: Wreck, outputs: Outputs) -> None:
-    for user in USERS + MORE:
+    for user in [f"{name}@{supervisor.settings.cgroup_slice}" for name in USERS + MORE]:
         known = await supervisor.users.get(user)
         for service in SERVICES:
             output = outputs[user, service]
