@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from . import idle, logs, logs_flood, spawn, venvs
+from . import api, idle, logs, logs_flood, spawn, venvs
 
 BENCHMARKS = {
     "spawn": spawn.main,
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "logs_flood": logs_flood.main,
     "idle": idle.main,
     "venvs": venvs.main,
+    "api": api.main,
 }
 
 

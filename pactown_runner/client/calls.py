@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
@@ -70,17 +71,23 @@ class Calls:
 
 def _where(address: str | Path | None) -> str | Path:
     if address is None:
-        from ..config import Settings  # noqa: PLC0415 - only who asks for them needs them
+        return _default_socket()
+    return address if isinstance(address, str) and "://" in address else Path(address)
 
-        path = Settings.load().api_socket_path
-        if path is None:
-            raise ConfigError(
-                "the server has no socket: api_socket is empty", remedy="give its address: http://HOST:PORT"
-            )
-        return path
-    if isinstance(address, str) and "://" in address:
-        return address
-    return Path(address)
+
+def _default_socket() -> Path:
+    from ..config import Settings  # noqa: PLC0415 - only who asks for them needs them
+
+    settings = Settings.load()
+    path = settings.api_socket_path
+    if path is None:
+        raise ConfigError("the server has no socket: api_socket is empty", remedy="give its address: http://HOST:PORT")
+    if not settings.root_mode and not os.path.exists(path):
+        # The settings are of what this user would run itself; the host's server may still be open to it.
+        for_all = Settings().api_socket_path
+        if for_all is not None and os.path.exists(for_all):
+            return for_all
+    return path
 
 
 def _connection(address: str | Path, token: str | None, timeout: float) -> Connection:

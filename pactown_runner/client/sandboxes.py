@@ -10,7 +10,7 @@ from cgroups import Limits, Stats
 
 from ..errors import NotFoundError, SpecError, StateError
 from ..models import Outcome, State
-from ..specs import SandboxSpec
+from ..specs import SandboxSpec, check_user_id
 from .answers import ExecResult, SandboxView, Transferred, spec_body, stats_of
 from .calls import Calls
 from .errors import BadAnswerError
@@ -28,6 +28,8 @@ class SandboxCalls(Calls):
 
     async def list_sandboxes(self, user_id: str | None = None) -> list[SandboxView]:
         """Sandboxes that are alive under this server, by user and service; of one user if it is given."""
+        if user_id is not None:
+            check_user_id(user_id)
         return [view async for view in self._pages(SandboxView.of, "/runner/sandboxes", "sandboxes", user_id=user_id)]
 
     async def get_sandbox(self, user_id: str, service_id: str) -> SandboxView:
@@ -241,6 +243,8 @@ class SandboxCalls(Calls):
             reconnect: if the stream breaks, or the server is restarted, go on when there is a server again. What
                 happened meanwhile is not told: an event `missed`, whose `count` is None, stands for it.
         """
+        if user_id is not None:
+            check_user_id(user_id)
         return EventStream(self._connection, "/runner/events", user_id=user_id, reconnect=reconnect)
 
     # Files ------------------------------------------------------------------------------------------------------

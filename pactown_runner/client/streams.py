@@ -8,11 +8,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
 from ..models import Event, LogRecord, Outcome
 from .answers import event_of, outcome_of, record_of, understood
 from .errors import (
+    ClientError,
     ConnectionLostError,
     ServerStoppingError,
     TimedOutError,
@@ -133,6 +134,7 @@ class Stream(ABC, AsyncIterator[T], Generic[T]):
             ServerStoppingError: the server stops, and did not send it all.
             ConnectionLostError, TimedOutError, UnreachableError: the stream broke, and could not be resumed if it was
                 to be.
+            ClientError: the server ended it for another reason, which is the `code`, such as `token-expired`.
             RunnerError: what the server refuses.
         """
         while not self._over:
@@ -165,13 +167,7 @@ class Stream(ABC, AsyncIterator[T], Generic[T]):
         with understood():
             if message.event != "end":
                 return self._item(message)
-            reason = str(message.data["reason"])
-        if reason == "failed":
-            _fail(message.data)
-        if reason == "server-stopping":
-            raise ServerStoppingError("the server stops, and with it this stream", remedy="resume it when it is back")
-        with understood():
-            self.end = StreamEnd(reason, outcome_of(message.data.get("outcome")))
+            self.end = _end_of(message.data)
         return None
 
     async def _connect(self) -> None:
@@ -270,7 +266,24 @@ class EventStream(Stream[Event]):
         return Event(kind="missed", ts=time.time(), details={"count": None})
 
 
-def _fail(data: Mapping[str, Any]) -> NoReturn:
-    with understood():
-        error = error_of(data["problem"])
-    raise error
+def _end_of(data: Mapping[str, Any]) -> StreamEnd:
+    """Why nothing follows.
+
+    Raises:
+        RunnerError: there would be more, but for that.
+    """
+    reason = str(data["reason"])
+    match reason:
+        case "read" | "ended" | "not-running":
+            return StreamEnd(reason, outcome_of(data.get("outcome")))
+        case "server-stopping":
+            raise ServerStoppingError("the server stops, and with it this stream", remedy="resume it when it is back")
+        case "time":
+            raise ConnectionLostError(
+                "the stream lasted as long as the server lets one", code=reason, remedy="resume it"
+            )
+        case "token-expired":
+            raise ClientError("the token has expired", code=reason, remedy="ask the operator for another one")
+        case "failed":
+            raise error_of(data["problem"])
+    raise ClientError(f"the server ended the stream: {reason}", code=reason)

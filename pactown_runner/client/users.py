@@ -13,6 +13,7 @@ from anyio import to_thread
 
 from ..errors import FilesError
 from ..models import IsolatedUser
+from ..specs import check_user_id
 from ..tiers import Tier
 from .answers import ImportedHome, UserStats, UserTier, tier_of, user_of
 from .calls import Calls
@@ -150,6 +151,8 @@ class UserCalls(Calls):
             FilesError: the archive cannot be read.
             StateError: something of the user's runs, or another export or import is on.
         """
+        if made_for is not None:
+            check_user_id(made_for)
         with _opened(archive) as (pieces, size):
             return await self._ask(
                 ImportedHome.of,

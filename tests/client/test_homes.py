@@ -163,6 +163,7 @@ async def test_an_import_that_is_refused_early_says_why(
                         await client.import_user(USER, large)
 
 
+@pytest.mark.each_loop
 async def test_a_source_without_end_is_left_when_the_server_has_answered(api: Api, client: Client) -> None:
     await client.start(spec("sleep 600"))
 

@@ -18,6 +18,8 @@ IDS = (
 )
 
 
+@pytest.mark.deadline(300)  # each is an account, and others make accounts meanwhile
+@pytest.mark.parametrize("client", ["socket"], indirect=True)
 async def test_users_are_who_they_are(api: Api, client: Client) -> None:
     for user_id in IDS:
         with pytest.raises(NotFoundError):
@@ -53,6 +55,12 @@ async def test_what_is_no_id_is_refused(api: Api, client: Client, user_id: str) 
         await client.get_user(user_id)
     with pytest.raises(SpecError):
         await client.get_sandbox(user_id, "api")
+    with pytest.raises(SpecError):
+        await client.list_sandboxes(user_id)
+    with pytest.raises(SpecError):
+        client.events(user_id=user_id)
+    with pytest.raises(SpecError):
+        await client.import_user("a", "/dev/null", made_for=user_id)
     for service_id in ("", ".", "..", "a/b", "\u00e9"):
         with pytest.raises(SpecError):
             await client.get_sandbox("a", service_id)

@@ -6,14 +6,23 @@ import asyncio
 import json
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pactown_runner import Client, Event, Settings, Supervisor
-from pactown_runner.client import ConnectionLostError, LogStream, ServerStoppingError, StreamEnd, UnreachableError
+from pactown_runner.client import (
+    BadAnswerError,
+    ClientError,
+    ConnectionLostError,
+    LogStream,
+    ServerStoppingError,
+    StreamEnd,
+    UnreachableError,
+)
 from pactown_runner.client.streams import Message, messages
-from pactown_runner.errors import NotFoundError, SpecError
+from pactown_runner.errors import NotFoundError, RegistryError, SpecError
 from tests.api.conftest import USER, Api, serving
 from tests.client.conftest import Relay
 from tests.supervising import eventually, soon, spec
@@ -179,6 +188,35 @@ async def test_who_cannot_come_back_is_told_at_last(
             await soon(anext(events))
         with pytest.raises(StopAsyncIteration):
             await anext(events)
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        ({"reason": "time"}, ConnectionLostError),
+        ({"reason": "token-expired"}, ClientError),
+        ({"reason": "a-new-one"}, ClientError),
+        ({"reason": "failed", "problem": {"code": "registry", "detail": "no", "status": 503}}, RegistryError),
+        ({}, BadAnswerError),
+        ({"reason": "failed"}, BadAnswerError),
+    ],
+)
+async def test_what_ends_a_stream_before_its_end_is_told(tmp_path: Path, end: Any, kind: type[Exception]) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+        writer.write(f"{head}event: end\ndata: {json.dumps(end)}\n\n".encode())
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_unix_server(answer, tmp_path / "s"), Client(tmp_path / "s") as client:
+        log = client.logs(USER, "api", follow=True)
+        with pytest.raises(kind) as ended:
+            await anext(log)
+        assert type(ended.value) is kind
+        assert log.end is None
+        with pytest.raises(StopAsyncIteration):
+            await anext(log)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
