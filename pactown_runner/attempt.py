@@ -151,6 +151,7 @@ class Attempt:
         if claiming is None:
             self.held = await Holdings.take_over(self._host, self.run, self._feed)
             return self.held
+        waits = False
         while True:
             try:
                 self.held = await Holdings.take(self._host, self.run, claiming, self._feed)
@@ -158,6 +159,9 @@ class Attempt:
                 # Whoever brings services back comes again.
                 if claiming == "return":
                     raise
+                if not waits:
+                    _log.info("the start of %s waits: %s", self.run.spec.service_id, error.message)
+                waits = True
                 await self._wait_held(error)
             else:
                 return self.held

@@ -27,7 +27,7 @@ from pactown_runner.registry import Registry
 from pactown_runner.users import Users
 from tests import hostsweep
 from tests.kernel.conftest import MIB, Measure, left
-from tests.supervising import line_of, python, soon, spec
+from tests.supervising import eventually, line_of, python, soon, spec
 
 if TYPE_CHECKING:
     from tests.hostguard import Run
@@ -370,3 +370,13 @@ async def test_the_disk_of_one_who_runs_is_counted_while_it_does(supervisor: Sup
     found = await asyncio.gather(*(supervisor.users.stats("a") for _ in range(20)))
     assert all(stats.bytes >= 3_000_000 for stats in found)
     await sandbox.kill()
+
+
+async def test_what_is_taken_over_is_held_to_it(supervisor: Supervisor, settings: Settings) -> None:
+    free = replace(settings, tenant_disk_max=None, tenant_inodes_max=None, on_exit="leave")
+    async with Supervisor(settings=free) as other:
+        user = (await other.start(spec(["sleep", "1000"], user="a"))).user
+        assert (quota_of(user).disk_max, quota_of(user).inodes_max) == (None, None)
+    await eventually(supervisor.list)
+    await soon(supervisor.get("a", "api").started())
+    assert (quota_of(user).disk_max, quota_of(user).inodes_max) == (DISK_MAX, INODES_MAX)
