@@ -180,6 +180,19 @@ def remove_all(settings: Settings) -> None:
             console.print(f"  [red]{what} could not be removed: {why}[/red]")
 
 
+def show_what_next() -> None:
+    # Whoever became root for this has to do so for these as well.
+    command = f"{'sudo ' * ('SUDO_USER' in os.environ)}.venv/bin/pactown-runner"
+    step("Everything is removed again. Now try it yourself. In one terminal, start the server:")
+    console.print(f"  {command} serve")
+    step("In another one, start a service, see what runs, and follow its log until control-C:")
+    console.print(f"  {command} start --user demo --service clock -- sh -c 'while date; do sleep 1; done'")
+    console.print(f"  {command} ps")
+    console.print(f"  {command} logs -f demo clock")
+    step("When you have seen enough: control-C ends the server and what it runs, and this removes all that was made:")
+    console.print(f"  {command} purge")
+
+
 async def main() -> int:
     if os.geteuid() != 0:
         console.print("This example makes Linux users, which takes root: [bold]sudo make run[/bold]")
@@ -192,9 +205,7 @@ async def main() -> int:
                 await show(supervisor)
         finally:
             await asyncio.to_thread(remove_all, settings)
-    step("Everything is removed again. Now try it yourself:")
-    console.print("  .venv/bin/pactown-runner doctor")
-    console.print("  .venv/bin/pactown-runner run --user demo --service hello -- sh -c 'id; cat /proc/self/cgroup'")
+    show_what_next()
     return 0
 
 

@@ -22,7 +22,9 @@ def size_of(number: int) -> str:
 
 
 def duration_of(seconds: float) -> str:
-    """How long, by its two largest units: `3d 4h`, `12m 5s`, `0.25s`."""
+    """How long, by its two largest units: `3d 4h`, `12m 5s`, `2.25s`, `8ms`."""
+    if 0 < seconds < 1:
+        return f"{seconds * 1000:.0f}ms"
     if seconds < 10:
         return f"{max(seconds, 0.0):.2f}".rstrip("0").rstrip(".") + "s"
     left = int(seconds)

@@ -61,7 +61,8 @@ def test_sizes(number: int, shown: str) -> None:
     ("seconds", "shown"),
     [
         (-0.5, "0s"),
-        (0.25, "0.25s"),
+        (0.0083, "8ms"),
+        (2.25, "2.25s"),
         (9.999, "10s"),
         (59.9, "59s"),
         (60, "1m"),
