@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import parse_qsl
 
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
@@ -32,6 +33,7 @@ class GuardedRoute(APIRoute):
     ) -> None:
         super().__init__(path, endpoint, **options)
         self._access = access
+        self._parameters = frozenset(field.alias for field in self.dependant.query_params)
         self._max_body = max_body
         self._timeout = timeout
 
@@ -51,8 +53,19 @@ class GuardedRoute(APIRoute):
             if (user_id := scope["path_params"].get("user_id")) is not None:
                 caller.must_reach(user_id)
             caller.must(self._access)
+            self._check_query(scope["query_string"])
             receive, send = self._bounded(scope, receive), self._patient(scope, send)
         await super().handle(scope, receive, send)
+
+    def _check_query(self, query: bytes) -> None:
+        """Refuse what is not known: who writes `?delete-home=false` does not get what it says."""
+        given = [name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True)]
+        faults = {name: "there is no such parameter" for name in given if name not in self._parameters}
+        faults |= {name: "it is there more than once" for name in self._parameters if given.count(name) > 1}
+        if faults:
+            places = [{"where": f"query.{name}", "message": message} for name, message in faults.items()]
+            detail = "; ".join(f"{place['where']}: {place['message']}" for place in places[:3])
+            raise ProblemError(422, "bad-request", f"the request is malformed: {detail}", errors=places[:32])
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         """A body that is refused when it is too large, or does not come."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from math import ceil
 from typing import Any
@@ -86,10 +86,12 @@ class ProblemError(HTTPException):
         *,
         remedy: str | None = None,
         headers: Mapping[str, str] | None = None,
+        errors: Sequence[Mapping[str, str]] | None = None,
     ) -> None:
         super().__init__(status, detail, headers)
         self.code = code
         self.remedy = remedy
+        self.errors = errors
 
 
 def problem(status: int, code: str, detail: str, *, headers: Mapping[str, str] | None = None, **more: Any) -> Response:
@@ -109,7 +111,8 @@ def problem_of(error: Exception) -> Response:
     if isinstance(error, CgroupError):
         return problem(409, "cgroup", error.message, remedy=error.remedy)
     if isinstance(error, ProblemError):
-        return problem(error.status_code, error.code, error.detail, remedy=error.remedy, headers=error.headers)
+        more = {"remedy": error.remedy, "errors": error.errors}
+        return problem(error.status_code, error.code, error.detail, headers=error.headers, **more)
     # Whoever serves the application is given the error as well, and logs it.
     return problem(500, "internal", "something went wrong here that nobody foresaw; the server's log tells of it")
 

@@ -41,7 +41,7 @@ OPERATOR, OVERSEER = Access("admin", whole_host=True), Access("read", whole_host
 Body = Literal["json", "file", "archive"]
 """How large a request's body may be: as the settings `api_body_bytes`, `api_file_bytes`, `archive_max_bytes` say."""
 
-_ANYWHERE = (400, 401, 403, 421, 500, 503)
+_ANYWHERE = (400, 401, 403, 421, 422, 500, 503)
 _WHY = {
     400: "The path or the query is malformed, or the caller went away",
     401: "A token is needed that is known here and has not expired",
@@ -102,7 +102,7 @@ class Row:
         """All that an answer can have which tells of a problem."""
         found = {*_ANYWHERE, *self.problems}
         if "{user_id}" in self.path:
-            found |= {404, 409, 422}
+            found |= {404, 409}
         if self.method in ("POST", "PUT", "PATCH"):
             found |= {408, 413}
         return tuple(sorted(found))
@@ -135,7 +135,6 @@ ROWS: tuple[Row, ...] = (
         "List users",
         model=UsersPage,
         example=examples.USERS,
-        problems=(422,),
     ),
     _users("GET", _USER, users.get_or_create, "Get or create a user", model=User, example=examples.USER),
     _users("PUT", _USER, users.create, "Create a user", access=ADMIN, model=User, example=examples.USER),
@@ -195,7 +194,6 @@ ROWS: tuple[Row, ...] = (
         "List sandboxes",
         model=SandboxesPage,
         example=examples.SANDBOXES,
-        problems=(422,),
     ),
     _sandboxes(
         "POST",
@@ -206,7 +204,7 @@ ROWS: tuple[Row, ...] = (
         status=201,
         model=SandboxView,
         example=examples.SANDBOX,
-        problems=(404, 409, 422, 429),
+        problems=(404, 409, 429),
     ),
     _sandboxes("GET", _SANDBOX, sandboxes.show, "Show", model=SandboxView, example=examples.SANDBOX),
     _sandboxes("DELETE", _SANDBOX, sandboxes.stop, "Stop", access=ADMIN, model=SandboxView, example=examples.SANDBOX),
@@ -264,7 +262,7 @@ ROWS: tuple[Row, ...] = (
         tag="events",
         media_type=sse.MEDIA_TYPE,
         example=examples.EVENTS,
-        problems=(409, 422),
+        problems=(409,),
     ),
     Row(
         method="GET",

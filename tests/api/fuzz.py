@@ -152,6 +152,7 @@ class _Report:
         self._answers: dict[str, Counter[str]] = defaultdict(Counter)
         self._examples: dict[str, str] = {}
         self._failures: list[str] = []
+        self._times: list[tuple[float, str]] = []
 
     def hear(self, event: events.EngineEvent) -> None:
         """Take note of what the engine tells."""
@@ -167,6 +168,8 @@ class _Report:
             route = recorder.cases[case_id].value.operation.label
             status = "none" if seen.response is None else str(seen.response.status_code)
             self._answers[route][status] += 1
+            if seen.response is not None:
+                self._times.append((seen.response.elapsed, f"{route} {status} {seen.request.uri}"))
             self._examples.setdefault(f"{route} {status}", _end(seen))
         for case_id, checks in recorder.checks.items():
             for check in checks:
@@ -186,6 +189,7 @@ class _Report:
             "requests": sum(answer.total() for answer in self._answers.values()),
             "answers": {route: dict(sorted(each.items())) for route, each in sorted(self._answers.items())},
             "examples": self._examples,
+            "slowest": sorted(self._times, reverse=True)[:20],
             "failures": self._failures,
         }
 

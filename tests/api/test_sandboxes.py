@@ -259,3 +259,18 @@ async def test_it_says_how_it_is(api: Api) -> None:
     assert document["openapi"].startswith("3.")
     sandbox = await api.supervisor.start(spec(python("print('ready', flush=True); input()"), stdin=True))
     await line_of(sandbox)
+
+
+async def test_a_parameter_that_is_not_known_is_refused(api: Api) -> None:
+    client = await api.client()
+    await api.supervisor.users.get_or_create(USER)
+    user = f"/runner/isolation/user/{quote(USER, safe='')}"
+    for query, message in (
+        ("delete-home=false", "there is no such parameter"),
+        ("delete_home=true&delete_home=false", "it is there more than once"),
+        ("Delete_home=false&", "there is no such parameter"),
+    ):
+        answer = await client.delete(f"{user}?{query}")
+        assert (answer.status_code, answer.json()["code"]) == (422, "bad-request"), answer.text
+        assert [fault["message"] for fault in answer.json()["errors"]] == [message]
+    assert await api.supervisor.users.get(USER) is not None
