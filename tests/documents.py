@@ -17,7 +17,10 @@ A comment above a block says what is to be different, and nothing else can:
 
     <!-- server -->       it runs until the document ends, or the next such block; what follows waits for it to be ready
     <!-- kernel -->       it needs memory, cpu and pids controllers: it is run in the kernel lane only
+    <!-- kernel too -->   what is run there goes on with it
     <!-- not run: WHY --> WHY is one of `REASONS`
+
+or several, with commas between them.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ SECONDS = 150.0
 """So long a document may take."""
 
 REASONS = frozenset({"it installs packages", "it needs systemd", "it is how these tests are run"})
+_MARKS = frozenset({"server", "kernel", "kernel too"})
 _LANGUAGES = frozenset({"sh", "console", "python", "toml", "text", "json"})
 _BLOCK = re.compile(r"^(?:<!-- (?P<mark>.*?) -->\n)?```(?P<language>.*)\n(?P<text>(?:.*\n)*?)```$", re.MULTILINE)
 _PORTS = ("8600", "8001", "8002")
@@ -60,13 +64,18 @@ class Block:
         where: the document, and the line that its text begins in.
         language: what stands behind the fence.
         text: what is within.
-        mark: the comment above, or empty.
+        marks: what the comment above says.
     """
 
     where: str
     language: str
     text: str
-    mark: str = ""
+    marks: frozenset[str] = frozenset()
+
+    @property
+    def is_run(self) -> bool:
+        """Whether anybody runs it."""
+        return not any(mark.startswith("not run") for mark in self.marks)
 
     @property
     def is_part(self) -> bool:
@@ -79,6 +88,7 @@ class Block:
         aliases = [node for node in ast.walk(tree) if isinstance(node, ast.alias)]
         made = {node.id for node in names if isinstance(node.ctx, ast.Store)}
         made |= {alias.asname or alias.name for alias in aliases} | set(dir(builtins))
+        made |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
         made |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
         return any(node.id not in made for node in names)
 
@@ -109,10 +119,10 @@ def blocks(path: Path) -> list[Block]:
     document, found = path.read_text(), []
     for match in _BLOCK.finditer(document):
         line = document.count("\n", 0, match.start("text")) + 1
-        block = Block(f"{path.name}:{line}", match["language"], match["text"], match["mark"] or "")
+        marks = frozenset(match["mark"].split(", ")) if match["mark"] else frozenset()
+        block = Block(f"{path.name}:{line}", match["language"], match["text"], marks)
         assert block.language in _LANGUAGES, f"{block.where}: nobody knows how to run {block.language!r}"
-        reason = block.mark.removeprefix("not run: ")
-        assert block.mark in ("", "server", "kernel") or reason in REASONS, f"{block.where}: {block.mark!r}"
+        assert all(mark in _MARKS or mark.removeprefix("not run: ") in REASONS for mark in marks), (block.where, marks)
         found.append(block)
     assert 2 * len(found) == len(re.findall(r"^```", document, re.MULTILINE)), f"{path.name}: a fence is not closed"
     return found
@@ -185,7 +195,7 @@ class Session:
             if block.language == "console":
                 yield from _typed(block)
             elif block.language == "sh":
-                yield Step(block.where, block.text, [None], serves=block.mark == "server")
+                yield Step(block.where, block.text, [None], serves="server" in block.marks)
             elif block.language == "toml":
                 yield Step(block.where, _heredoc("/etc/pactown/pactown.toml", block.text), [None])
             elif block.language == "json":

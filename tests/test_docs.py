@@ -6,6 +6,8 @@ import ast
 import os
 import re
 from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +49,17 @@ def session(settings: Settings, tmp_path: Path) -> Session:
 @pytest.mark.deadline(200)
 @pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
 def test_blocks_do_what_they_say(path: Path, session: Session) -> None:
-    here = [block for block in blocks(path) if block.mark in ("", "server")]
-    session.follow(here)
+    session.follow([block for block in blocks(path) if block.is_run and "kernel" not in block.marks])
 
 
 @pytest.mark.kernel
 @pytest.mark.deadline(300)
 @pytest.mark.parametrize("path", WITH_LIMITS, ids=lambda path: path.stem)
-def test_with_limits_as_well(path: Path, session: Session) -> None:
-    session.follow([block for block in blocks(path) if not block.mark.startswith("not run: ")])
+def test_limits_do_what_they_say(path: Path, session: Session) -> None:
+    document = blocks(path)
+    chosen = [block for block in document if {"kernel", "kernel too"} & block.marks]
+    shown = [after for block, after in pairwise(document) if block in chosen and after.language == "text"]
+    session.follow([block for block in document if block in chosen or block in shown])
 
 
 @pytest.mark.parametrize("path", LINKED, ids=lambda path: path.stem)
@@ -71,6 +75,7 @@ def test_tests_that_are_named_are_there(path: Path) -> None:
         assert not name or name in _functions(ROOT / file), f"{path.name}: {file}::{name}"
 
 
+@cache
 def _functions(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}

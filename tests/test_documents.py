@@ -43,7 +43,8 @@ print(double(21))
 
 @pytest.fixture
 def session(tmp_path: Path) -> Session:
-    environ = {**os.environ, "PACTOWN_CGROUP_SLICE": "test.slice"}
+    # Nothing here is to make a supervisor; one that is made all the same fails.
+    environ = {**os.environ, "PACTOWN_CGROUP_SLICE": "test.slice", "PACTOWN_USERS_BASE": "none"}
     return Session(tmp_path, environ, ["true"], homes=tmp_path, run=tmp_path)
 
 
@@ -102,6 +103,7 @@ def test_what_nobody_knows_is_refused(tmp_path: Path, text: str) -> None:
         ("await something()", True),
         ("async with a as b: pass", True),
         ("print(sandbox.state)", True),
+        ("def double(number): return 2 * number\nprint(double(21))", False),
         ("import asyncio\nasync def main(): await asyncio.sleep(0)\nasyncio.run(main())", False),
     ],
 )
