@@ -429,6 +429,9 @@ registry.close()
 """
 
 
+CREATES = int(os.environ.get("PACTOWN_CREATES", "300"))
+"""So many users are made without accounts."""
+
 PRETEND = """
 from itertools import count
 from pactown_runner import users as module
@@ -456,8 +459,9 @@ registry.close()
 
 
 @pytest.mark.host
+@pytest.mark.deadline(120 + CREATES // 50)
 def test_a_range_is_used_up_to_the_last_uid_and_none_twice(users_base: Path) -> None:
-    first, last = 1_000_000, 1_000_299  # nobody has these, nor gets them
+    first, last = 1_000_000, 1_000_000 + CREATES - 1  # nobody has these, nor gets them
     settings = Settings(users_base=users_base, state_dir=users_base / ".state", uid_ranges=((first, last),))
     with Registry(settings.state_dir / "registry.db") as registry:
         state = State(settings, registry, Users(settings, registry))
@@ -473,16 +477,16 @@ def test_a_range_is_used_up_to_the_last_uid_and_none_twice(users_base: Path) -> 
         registry.add_user(reaped)  # what is below it is a gap
         children = [state.run(PRETEND, name, stderr=subprocess.PIPE) for name in ("one", "two")]
         with ThreadPoolExecutor(2) as pool:
-            outputs = list(pool.map(lambda child: child.communicate("\n", timeout=120), children))
+            outputs = list(pool.map(lambda child: child.communicate("\n", timeout=100 + CREATES // 50), children))
         assert [child.returncode for child in children] == [0, 0]
-        assert [error.startswith("no uid is free in 1000000-1000299 (widen") for _, error in outputs] == [True, True]
+        assert [error.startswith(f"no uid is free in {first}-{last} (widen") for _, error in outputs] == [True, True]
         one, two = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
         shared = one.keys() & two.keys()
         assert {name: one[name] for name in shared} == {name: two[name] for name in shared}
         made = {**one, **two}
         assert sorted(uid for _, uid in made.values()) == [uid for uid in range(first, last + 1) if uid != reaped.uid]
-        assert len({name for name, _ in made.values()}) == len(made) == 299
-        assert len(registry.users()) == 300
+        assert len({name for name, _ in made.values()}) == len(made) == CREATES - 1
+        assert len(registry.users()) == CREATES
 
 
 @contextlib.contextmanager
