@@ -113,7 +113,7 @@ class _Family(NamedTuple):
     name: str
     help: str
     kind: str | None = None
-    kinds: Sequence[str] = ("",)
+    kinds: Sequence[str] = ()
     scale: float = 1
 
 
@@ -285,7 +285,7 @@ class Metrics(Collector):
 
     async def _look_anew(self) -> _Look:
         async with self._turn:
-            supervisor, gauges = self._supervisor, defaultdict[Labels, Counter[str]](Counter)
+            supervisor, gauges = self._supervisor, defaultdict[Labels, dict[str, int]](dict)
             sandboxes = supervisor.list()
             try:
                 # In parts, each of which is forgotten before the next one: see `_Samples`.
@@ -303,7 +303,7 @@ class Metrics(Collector):
             self._tallies.tidy(live | {(user_id, TENANT) for user_id in tenants}, time.monotonic())
             return look
 
-    async def _look_at(self, sandboxes: Sequence[Sandbox], gauges: Mapping[Labels, Counter[str]]) -> None:
+    async def _look_at(self, sandboxes: Sequence[Sandbox], gauges: Mapping[Labels, dict[str, int]]) -> None:
         runs = [(sandbox, sandbox.run_id) for sandbox in sandboxes]
         found = await self._supervisor.stats(pressure=True, of=sandboxes)
         for sandbox, run_id in runs:
@@ -313,12 +313,12 @@ class Metrics(Collector):
                 self._use(*name, run_id, found[name], gauges)
 
     def _use(
-        self, user_id: str, service_id: str, run_id: str | None, stats: Stats, gauges: Mapping[Labels, Counter[str]]
+        self, user_id: str, service_id: str, run_id: str | None, stats: Stats, gauges: Mapping[Labels, dict[str, int]]
     ) -> None:
         gauge = gauges[self._tallies.use(user_id, service_id, run_id, used(stats))]
         for name in _GAUGES:
             if (value := getattr(stats, name)) is not None:
-                gauge[name] += value
+                gauge[name] = gauge.get(name, 0) + value
 
     def _look(self) -> _Look:
         tallies, sandboxes = self._tallies, self._supervisor.list()
@@ -400,7 +400,9 @@ def _counted(
     family: _Family,
     counts: Sequence[tuple[Sequence[str], Mapping[Key, int]]],
 ) -> Iterator[Sample]:
-    keys = [((name, kind), {} if family.kind is None else {family.kind: kind}) for kind in family.kinds]
+    keys: list[tuple[Key, dict[str, str]]] = [(name, {})]
+    if family.kind is not None:
+        keys = [(f"{name} {kind}", {family.kind: kind}) for kind in family.kinds]
     for labels, values in counts:
         for key, further in keys:
             if (value := values.get(key)) is not None:

@@ -32,22 +32,22 @@ KEPT_SECONDS = 900.0
 OUTGROWN = 2
 """So many times the CPU time of another must a service have used to take that one's place, or they would swap often."""
 
-Key = tuple[str, str]
-"""What is counted, and of which kind, if there are several; else that is empty."""
+Key = str
+"""What is counted, and behind a space of which kind, if there are several. A dictionary from text to numbers is nothing
+that Python looks through for garbage, which for many sandboxes would hold the loop."""
 
 _USED: Final[dict[str, Key]] = {
-    "cpu_usage_usec": ("cpu", ""),
-    "cpu_throttled_usec": ("throttled", ""),
-    "cpu_nr_throttled": ("throttled_periods", ""),
-    "pids_events_max": ("forks_refused", ""),
-    "io_rbytes": ("io_read", ""),
-    "io_wbytes": ("io_written", ""),
+    "cpu_usage_usec": "cpu",
+    "cpu_throttled_usec": "throttled",
+    "cpu_nr_throttled": "throttled_periods",
+    "pids_events_max": "forks_refused",
+    "io_rbytes": "io_read",
+    "io_wbytes": "io_written",
 }
-_CPU: Final[Key] = ("cpu", "")
+_CPU: Final[Key] = "cpu"
 RESOURCES: Final = ("cpu", "io", "memory")
-# Made once: keys that are made anew for each sandbox and look would be a heap to look through for garbage.
 _PRESSURES: Final[dict[str, tuple[Key, Key]]] = {
-    f"{resource}_pressure": (("waiting", resource), ("stalled", resource)) for resource in RESOURCES
+    f"{resource}_pressure": (f"waiting {resource}", f"stalled {resource}") for resource in RESOURCES
 }
 _FROM_THE_BEGINNING: Final = (
     *("starts", "restarts", "adoptions", "unhealthy", "crash_loops"),
@@ -159,13 +159,13 @@ class Tallies:
         elif kind == "logged":
             counts = self._counts_of(user_id, service_id)
             for name, count in details.items():
-                counts[f"log_{name}", ""] += count
+                counts[f"log_{name}"] += count
         elif kind == "oom":
-            _add(self._counts_of(user_id, service_id), ("ooms", details["level"] or "unknown"), details["count"])
+            _add(self._counts_of(user_id, service_id), f"ooms {details['level'] or 'unknown'}", details["count"])
         elif (names := _COUNTED.get(kind)) is not None:
             counts = self._counts_of(user_id, service_id)
             for name in names:
-                counts[name, ""] += 1
+                counts[name] += 1
             if kind == "adopted":
                 self.begin_with(user_id, service_id, run_id)
 
@@ -193,7 +193,7 @@ class Tallies:
         return service.labels
 
     def _ended(self, user_id: str, service_id: str, run_id: str | None, outcome: Outcome) -> None:
-        _add(self._counts_of(user_id, service_id), ("ends", outcome.reason), 1)
+        _add(self._counts_of(user_id, service_id), f"ends {outcome.reason}", 1)
         self.use(user_id, service_id, run_id, {} if outcome.stats is None else used(outcome.stats))
 
     def user_label(self, user_id: str) -> str:
@@ -281,7 +281,7 @@ class Tallies:
         service.labels = labels
         if labels not in self.counts:
             names = _FROM_THE_BEGINNING if labels.service != TENANT else ()
-            self.counts[labels] = {(name, ""): 0 for name in names}
+            self.counts[labels] = dict.fromkeys(names, 0)
 
     def _disown(self, service: _Service) -> None:
         """From now on it is counted with the others."""

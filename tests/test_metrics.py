@@ -296,7 +296,7 @@ def started(tallies: Tallies, *services: str, user: str = USER) -> None:
 
 
 def cpu(tallies: Tallies, service: str, usec: int, user: str = USER) -> Labels:
-    return tallies.use(user, service, "run", {("cpu", ""): usec})
+    return tallies.use(user, service, "run", {"cpu": usec})
 
 
 def own(tallies: Tallies) -> set[str]:
@@ -314,12 +314,12 @@ def test_the_first_keep_their_counts_until_somebody_is_much_larger() -> None:
     cpu(tallies, "c", 1000)
     tallies.tidy(live, 2.0)
     assert own(tallies) == {"b", "c"}
-    assert tallies.counts[Labels(USER, OTHER)]["cpu", ""] == 1000
+    assert tallies.counts[Labels(USER, OTHER)]["cpu"] == 1000
     # From there it goes on, and a is counted with the others.
     assert cpu(tallies, "c", 1001) == (USER, "c")
     assert cpu(tallies, "a", 130) == (USER, OTHER)
-    assert tallies.counts[Labels(USER, "c")]["cpu", ""] == 1
-    assert tallies.counts[Labels(USER, OTHER)]["cpu", ""] == 1030
+    assert tallies.counts[Labels(USER, "c")]["cpu"] == 1
+    assert tallies.counts[Labels(USER, OTHER)]["cpu"] == 1030
 
 
 def test_what_has_ended_makes_room_at_once_or_in_a_while() -> None:
@@ -346,7 +346,7 @@ def test_any_number_of_runs_that_nobody_looks_at_take_no_room() -> None:
         tallies.hear("gone", *name, "run", {}, now=0.0)
     assert len(tallies.counts) == 5
     assert len(tallies._services) == 2
-    for key in (("starts", ""), ("ends", "exited"), ("cpu", "")):
+    for key in ("starts", "ends exited", "cpu"):
         assert sum(counts.get(key, 0) for counts in tallies.counts.values()) == 1000
 
 
@@ -355,14 +355,14 @@ def test_users_that_there_is_no_room_for_go_together_until_there_is() -> None:
     started(tallies, "api", user="a")
     for user in ("b", "c"):
         started(tallies, "api", user=user)
-        tallies.use(user, TENANT, None, {("cpu", ""): 5})
+        tallies.use(user, TENANT, None, {"cpu": 5})
     assert set(tallies.counts) == {("a", "api"), ("", OTHER), ("", TENANT)}
-    assert tallies.counts[Labels("", OTHER)]["starts", ""] == 2
-    assert tallies.counts[Labels("", TENANT)]["cpu", ""] == 10
+    assert tallies.counts[Labels("", OTHER)]["starts"] == 2
+    assert tallies.counts[Labels("", TENANT)]["cpu"] == 10
     live = {("b", "api"), ("b", TENANT)}
     for now in (1.0, 2.0 + KEPT_SECONDS, 4.0 + 2 * KEPT_SECONDS):
         tallies.tidy(live, now)
-    assert tallies.use("b", "api", "run", {("cpu", ""): 1}) == ("b", "api")
+    assert tallies.use("b", "api", "run", {"cpu": 1}) == ("b", "api")
     assert ("a", "api") not in tallies.counts
 
 
@@ -372,13 +372,13 @@ def test_what_a_run_used_is_counted_once() -> None:
     for _ in range(2):
         tallies.use(USER, "api", "one", used(stats))
     tallies.hear("ended", USER, "api", "one", {"outcome": Outcome(reason="exited", stats=stats)}, now=0.0)
-    tallies.use(USER, "api", "two", {("cpu", ""): 50})
+    tallies.use(USER, "api", "two", {"cpu": 50})
     counts = tallies.counts[Labels(USER, "api")]
-    assert (counts["cpu", ""], counts["waiting", "memory"], counts["stalled", "memory"]) == (150, 7, 3)
+    assert (counts["cpu"], counts["waiting memory"], counts["stalled memory"]) == (150, 7, 3)
     # An old run's late end takes away nothing of what a later one has begun.
     tallies.hear("gone", USER, "api", "one", {}, now=0.0)
-    tallies.use(USER, "api", "two", {("cpu", ""): 60})
-    assert counts["cpu", ""] == 160
+    tallies.use(USER, "api", "two", {"cpu": 60})
+    assert counts["cpu"] == 160
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("xy"), st.integers(0, 5)), max_size=60))
@@ -391,8 +391,8 @@ def test_counts_are_bounded_and_what_is_counted_is_never_lost(steps: list[tuple[
         used_by[name] = used_by.get(name, 0) + more
         cpu(tallies, service, used_by[name], user)
         for labels, counts in tallies.counts.items():
-            assert counts.get(("cpu", ""), 0) >= shown.get(labels, 0)
+            assert counts.get("cpu", 0) >= shown.get(labels, 0)
         tallies.tidy(used_by.keys(), float(now))
-        shown = {labels: counts.get(("cpu", ""), 0) for labels, counts in tallies.counts.items()}
+        shown = {labels: counts.get("cpu", 0) for labels, counts in tallies.counts.items()}
         assert len(own(tallies)) <= 2
         assert len({labels.user for labels in tallies.counts}) <= 2
