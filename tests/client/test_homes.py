@@ -199,7 +199,8 @@ async def test_users_come_and_go(api: Api, client: Client) -> None:
     stats = await client.user_stats(USER)
     assert (stats.saas_user_id, stats.linux_username, stats.sandbox_count) == (USER, made.linux_username, 1)
     assert (stats.running, stats.tier, stats.blocked) == (1, None, False)
-    assert stats.size_bytes == (await api.supervisor.users.stats(USER)).bytes
+    assert stats.size_bytes > 0
+    assert stats.entries >= 1
     assert await client.tiers() == list(api.settings.tiers)
     assert await client.set_tier(USER, None, blocked=True) == await client.user_tier(USER)
     assert (await client.get_sandbox(USER, "api")).state == "frozen"
