@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import user_tier
 from .human import size_of
 from .messages import Ended, errors_told, say, typed, write_json
 from .options import Config, Json, User, UsersBase, load_settings
@@ -61,6 +62,7 @@ def register(app: typer.Typer) -> None:
     users.command("stats", epilog=_STATS_EPILOG)(stats)
     users.command("export", epilog=_EXPORT_EPILOG)(export)
     users.command("import", epilog=_IMPORT_EPILOG)(import_)
+    user_tier.register(users)
     users.command("delete")(delete)
     app.add_typer(
         users, name="users", help="The tenants: who there is, what they use, their data in and out, and their end."

@@ -48,9 +48,22 @@ def test_help_lists_the_commands() -> None:
         assert f" {name} " in done.stdout
 
 
-ASKING = ["start", "ps", "stop", "restart", "freeze", "thaw", "signal", "stats", "limits", "tiers", "events"]
+ASKING = [
+    "start",
+    "ps",
+    "stop",
+    "restart",
+    "freeze",
+    "thaw",
+    "signal",
+    "stats",
+    "limits",
+    "tiers",
+    "events",
+    "users tier",
+]
 """Those that ask a server. Their help ends with an example."""
-USERS = ["list", "create", "show", "stats", "export", "import", "delete"]
+USERS = ["list", "create", "show", "stats", "export", "import", "tier", "delete"]
 
 
 @pytest.mark.parametrize(

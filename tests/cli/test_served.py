@@ -115,6 +115,19 @@ def test_numbers_for_people(serving: Served, cli: Cli) -> None:
     assert re.search(r"^free +\d+ +\d+ +- +memory_max 256.0 MiB, ", tiers, re.MULTILINE)
 
 
+def test_a_tier_is_given_and_a_tenant_is_blocked(serving: Served, cli: Cli) -> None:
+    cli(*start_words("sleep", "1000"))
+    assert document(cli("users", "tier", USER, "--json")) == {"user_id": USER, "tier": None, "blocked": False}
+    assert cli("users", "tier", USER, "--block").stdout == b"user     auth0|demo\ntier     -\nblocked  yes\n"
+    assert b" frozen " in cli("ps").stdout
+    assert error_of(cli(*start_words("true", service="other", options=("--json",))))["code"] == "blocked"
+    assert document(cli("users", "tier", USER, "--unblock", "--json"))["blocked"] is False
+    assert b" running " in cli("ps").stdout
+    error = error_of(cli("users", "tier", USER, "golden", "--json"))
+    assert "golden" in error["message"]
+    assert error_of(cli("users", "tier", "nobody", "--json"))["code"] == "not-found"
+
+
 def test_limits_that_the_host_cannot_hold_are_an_error(serving: Served, cli: Cli) -> None:
     cli(*start_words("sleep", "1000"))
     done = cli("limits", USER, "api", "--memory", "64M", "--pids", "max")
