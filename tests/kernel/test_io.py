@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from cgroups import Limits, find_mount
 from pactown_runner import Supervisor
 from pactown_runner.errors import LimitsError
 from tests.kernel.conftest import MIB, Measure, cgroup_of
-from tests.supervising import line_of, python, soon, spec
+from tests.supervising import eventually, line_of, python, soon, spec
 
 if TYPE_CHECKING:
     from tests.hostguard import Run
@@ -30,6 +31,7 @@ block = mmap.mmap(-1, {size})
 block.write(b"x" * {size})
 def write(): os.pwrite(fd, block, 0)
 def read(): os.preadv(fd, [block], 0)
+print("begins", flush=True)
 write()
 began = time.monotonic()
 for _ in range({times}):
@@ -90,8 +92,9 @@ async def test_a_disk_is_used_no_faster_than_allowed(
     took = float((await line_of(sandbox, "took")).split()[1])
     outcome = await soon(sandbox.wait())
     measured(f"s for {times} x {size} bytes with {limit}, and without", f"{took:.3g}, {unlimited:.3g}")
-    assert unlimited < 1
-    assert seconds * 0.7 < took < seconds * 1.7
+    # How much longer it may take on a busy machine is no limit's business.
+    assert took > seconds * 0.7
+    assert unlimited < took / 2
     assert outcome.stats is not None
     assert outcome.stats.io_wbytes is not None
     assert outcome.stats.io_rbytes is not None
@@ -103,13 +106,18 @@ async def test_a_disk_is_used_no_faster_than_allowed(
         assert (outcome.stats.io_rios or 0) >= times
 
 
+def waits_for_disk(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("D")
+
+
 async def test_a_limit_is_lifted_under_a_running_program(supervisor: Supervisor, disk: Disk) -> None:
-    command = direct(disk, "write", size=MIB, times=60)
-    sandbox = await supervisor.start(spec(command, limits=Limits(io_max={disk.device: {"wbps": "1M"}})))
-    with pytest.raises(TimeoutError):
-        await soon(line_of(sandbox, "took"), 2)
+    # The first block alone would take minutes.
+    command = direct(disk, "write", size=MIB, times=20)
+    sandbox = await supervisor.start(spec(command, limits=Limits(io_max={disk.device: {"wbps": "4K"}})))
+    await line_of(sandbox, "begins")
+    await eventually(partial(waits_for_disk, sandbox.pid))
     await sandbox.set_limits(Limits(io_max={disk.number: {"wbps": "max"}}))
-    await soon(line_of(sandbox, "took"), 15)
+    await line_of(sandbox, "took")
     assert (cgroup_of(sandbox) / "io.max").read_text() == ""
 
 
