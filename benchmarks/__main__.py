@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from . import api, idle, logs, logs_flood, spawn, venvs
+from . import api, idle, logs, logs_flood, scrape, spawn, venvs
 
 BENCHMARKS = {
     "spawn": spawn.main,
     "logs": logs.main,
     "logs_flood": logs_flood.main,
     "idle": idle.main,
+    "scrape": scrape.main,
     "venvs": venvs.main,
     "api": api.main,
 }

@@ -26,7 +26,7 @@ has ended for good, or was left; so many `lines` and `bytes` were logged, `dropp
 a start was refused (the `limit`)."""
 
 Listener = Callable[[EventKind | NoteKind, str, str | None, str | None, Mapping[str, Any]], None]
-"""Is called with what happened, the user's id, the service's, the run's and details."""
+"""Is called with what happened, the user's id, the service's, the run's and details, as an event has them."""
 
 
 class EventBus:
@@ -54,7 +54,8 @@ class EventBus:
         self, kind: EventKind, user_id: str, service_id: str | None = None, run_id: str | None = None, **details: Any
     ) -> None:
         """Tell all readers and listeners."""
-        self.note(kind, user_id, service_id, run_id, **details)
+        if self._listeners:
+            self.note(kind, user_id, service_id, run_id, **details)
         if self._readers:
             event = Event(
                 kind=kind, ts=time.time(), user_id=user_id, service_id=service_id, run_id=run_id, details=details
