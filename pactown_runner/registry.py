@@ -547,6 +547,9 @@ class Registry:
         if not self._try_insert(db, row, statement):
             if (found := db.execute(_STANDING, (row.key,)).fetchone()) and found[1]:
                 raise BlockedError(f"cannot start {row.service_id!r}: user {row.key} is blocked")
+            # Whose name is taken need not wait for the end of a hold.
+            if there := db.execute(_ONE_SANDBOX, (row.key, row.service_id)).fetchone():
+                raise ClaimedError(row, SandboxRow(*there))
             _check_not_held(db, row.key)
             raise NotFoundError(f"cannot start {row.service_id!r}: no user with key {row.key} is ready")
 

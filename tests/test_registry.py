@@ -20,7 +20,7 @@ import pytest
 
 from pactown_runner.database import BusyError, Database, private_dir
 from pactown_runner.errors import AdmissionError, AlreadyRunningError, NotFoundError, RegistryError, StateError
-from pactown_runner.registry import ClaimedError, Quota, Registry, SandboxRow, ServiceRow, UserRow
+from pactown_runner.registry import HOLD, ClaimedError, HeldError, Quota, Registry, SandboxRow, ServiceRow, UserRow
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -578,6 +578,40 @@ def test_restart_is_another_run_of_the_same_claim(registry: Registry, ready: Use
     assert registry.rows() == [replace(sandbox_row(run_id="r2"), created_at=1800000000.0)]
     assert not registry.restart(claim, "o1", "r3", 1800000000.0)
     assert not registry.release(*claim)
+
+
+def test_while_a_user_is_held_nothing_starts_but_the_holds_own_job(registry: Registry, ready: UserRow) -> None:
+    other = user_row("auth0|2", "bbbbbbbb", 64101)
+    assert registry.add_user(other)
+    registry.mark_ready(other)
+    registry.register(sandbox_row("absent"))
+    registry.release(ready.key, "absent", "r1")
+    registry.claim(sandbox_row())
+    registry.claim(sandbox_row(HOLD, run_id="h1"))
+    for claim in (registry.claim, registry.register):
+        for quota in (None, Quota(starts_per_hour=1)):
+            for name in ("new", "_job-h2", "_removal"):
+                with pytest.raises(HeldError, match="exported or imported"):
+                    claim(sandbox_row(name), quota)
+    with pytest.raises(HeldError):
+        registry.restart((ready.key, "api", "r1"), "o1", "r2", 1.0)
+    with pytest.raises(AlreadyRunningError):
+        registry.claim(sandbox_row(HOLD, run_id="h2"))
+    assert registry.absent_services() == []
+    registry.claim(sandbox_row("_job-h1"))
+    registry.claim(sandbox_row(key=other.key))
+    # What the hold has frozen is for its successor to know, and nobody else's business.
+    assert registry.held_still(ready.key) == frozenset()
+    registry.hold_still(ready.key, "h0", ["web"])
+    registry.hold_still(ready.key, "h1", ["web", "api"])
+    assert registry.held_still(ready.key) == {"api", "web"}
+    assert registry.held_still(other.key) == frozenset()
+    registry.release(ready.key, HOLD, "h1")
+    assert registry.held_still(ready.key) == frozenset()
+    assert registry.absent_services() == [service_row("absent")]
+    assert registry.restart((ready.key, "api", "r1"), "o1", "r2", 1.0)
+    # And none of the refused ones was counted.
+    registry.claim(sandbox_row("new"), Quota(starts_per_hour=1))
 
 
 # Services ---
