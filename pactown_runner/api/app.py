@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -9,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import Settings
 from ..metrics import Metrics
@@ -17,8 +18,8 @@ from ..supervisor import Supervisor
 from . import problems
 from .access import Callers
 from .gate import Gate
-from .problems import add_handlers
-from .server import HEARTBEAT, Server
+from .problems import add_handlers, problem_of
+from .server import HEARTBEAT, Server, server_stopping
 from .table import add_routes
 
 __all__ = ["Application", "create_app", "openapi"]
@@ -43,7 +44,20 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request (https://asgi.readthedocs.io)."""
-        await self._app(scope, receive, send)
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except asyncio.CancelledError:
+            # It took longer than a server that stops has time for.
+            if begun or scope["type"] != "http" or not self.server.stopping.is_set():
+                raise
+            await problem_of(server_stopping())(scope, receive, send)
 
 
 def create_app(

@@ -61,11 +61,13 @@ def served(supervisor: Supervisor) -> AbstractAsyncContextManager[Listening]:
 
 
 @asynccontextmanager
-async def listening(app: Application, settings: Settings) -> AsyncGenerator[Listening, None]:
+async def listening(
+    app: Application, settings: Settings, *, stop_timeout: int = STOP_TIMEOUT
+) -> AsyncGenerator[Listening, None]:
     """Serve the API for as long as the block lasts.
 
-    Leave it before the supervisor ends: streams are told that the server stops, other requests have `STOP_TIMEOUT`
-    seconds, and nothing new is taken meanwhile.
+    Leave it before the supervisor ends: streams are told that the server stops, other requests have `stop_timeout`
+    seconds and are then told as well, and nothing new is taken meanwhile.
 
     Raises:
         ConfigError: there is nowhere to listen, no token for TCP, or the address or socket cannot be had.
@@ -73,7 +75,7 @@ async def listening(app: Application, settings: Settings) -> AsyncGenerator[List
     """
     with ExitStack() as held:
         sockets, where = _open_sockets(settings, held)
-        server = _Server(app, settings)
+        server = _Server(app, settings, stop_timeout)
         serving = asyncio.create_task(server.serve(sockets), name="pactown-api")
         try:
             await server.until_started(serving)
@@ -273,7 +275,7 @@ class _Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     """A server that somebody else starts and stops."""
 
-    def __init__(self, app: Application, settings: Settings) -> None:
+    def __init__(self, app: Application, settings: Settings, stop_timeout: int) -> None:
         protocol = type("Protocol", (_Protocol,), {"seconds": settings.api_timeout, "most": settings.api_connections})
         config = Config(
             app,
@@ -288,7 +290,7 @@ class _Server(uvicorn.Server):
             server_header=False,
             backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=STOP_TIMEOUT,
+            timeout_graceful_shutdown=stop_timeout,
             h11_max_incomplete_event_size=settings.api_head_bytes,
         )
         super().__init__(config)

@@ -15,11 +15,12 @@ import httpx
 import pytest
 
 from pactown_runner import Settings, Supervisor
+from pactown_runner.api import create_app, listening
 from pactown_runner.api.problems import MEDIA_TYPE
-from tests.api.conftest import USER
+from tests.api.conftest import NOW, USER
 from tests.api.test_serving import BOX, COUNT, Process
 from tests.api.test_streams import Events
-from tests.supervising import eventually, leftovers, soon
+from tests.supervising import eventually, leftovers, line_of, soon, spec
 
 pytestmark = [pytest.mark.host]
 
@@ -187,3 +188,20 @@ async def tidy(settings: Settings, process: Process) -> None:
     async with Supervisor(settings=settings):
         pass
     assert leftovers(settings) == []
+
+
+async def test_what_takes_longer_than_a_server_that_stops_has_time_for_is_told(
+    supervisor: Supervisor, api_settings: Settings
+) -> None:
+    sandbox = await supervisor.start(spec("trap '' TERM; echo ready; while :; do sleep 1; done"))
+    await line_of(sandbox)
+    path = f"{BOX}?grace=600"
+    async with httpx.AsyncClient(timeout=30, headers={"Authorization": "Bearer admin"}) as client:
+        app = create_app(supervisor, api_settings, clock=lambda: NOW)
+        async with listening(app, api_settings, stop_timeout=1) as where:
+            assert where.address is not None
+            stopping = asyncio.create_task(client.delete(f"http://127.0.0.1:{where.address[1]}{path}"))
+            await eventually(lambda: sandbox.state == "stopping")
+        answer = await soon(stopping)
+    assert (answer.status_code, answer.headers["content-type"]) == (503, MEDIA_TYPE)
+    assert (answer.json()["code"], answer.headers["retry-after"]) == ("server-stopping", "1")
