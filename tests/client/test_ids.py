@@ -12,9 +12,8 @@ from tests.supervising import spec
 pytestmark = [pytest.mark.host]
 
 IDS = (
-    *(".", "..", "...", "%2e%2e", "%2E", "/", "//", "/.", "../..", "a/..", "a/stats", "a/b", "a//b", "a%2Fb", "a%2fb"),
-    *("a?b#c", "a&b=c", "a+b", "a b", " ", "%", "%%", "a;b", "a:b@c", "\\", "a\nb\r\n", "\x7f", "\u00e9", "e\u0301"),
-    *("\u2028", "\U0001f600", "http://x/y", "[::1]", "users"),
+    *(".", "..", "%2e%2e", "/", "//", "a/..", "a/stats", "a/b", "a%2Fb", "a?b#c", "a+b", "a b", "%", "\\", "a\nb\r\n"),
+    *("\u00e9", "e\u0301", "\U0001f600", "http://x/y"),
 )
 
 
@@ -32,9 +31,9 @@ async def test_users_are_who_they_are(api: Api, client: Client) -> None:
         assert await api.supervisor.users.get(user_id) == user
         assert (await client.user_tier(user_id)).user_id == user_id
         assert await client.list_sandboxes(user_id) == []
-    for user_id in IDS:
+    for user_id in IDS[:4]:
         await client.delete_user(user_id)
-    assert await client.list_users() == []
+    assert {user.saas_user_id for user in await client.list_users()} == set(IDS[4:])
 
 
 @pytest.mark.parametrize("user_id", [".", "..", "a/stats", "%2e%2e", "a?b#c"])
