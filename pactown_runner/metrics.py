@@ -6,8 +6,8 @@
             ...  # expose `metrics.registry`, or answer requests with `await metrics.render()`
 
 Events are counted from the moment at which `Metrics` is made, in a place that can miss none; what a sandbox had used
-before is not counted. All counters begin at 0 with the process. A value that this host does not have is left out: on a
-host without the controllers memory, pids and io, what they count.
+before is not counted, but for tenants, whose counters are the kernel's for their slices. A value that this host does
+not have is left out: on a host without the controllers memory, pids and io, what they count.
 
 By sandbox, with the labels `user` (the SaaS user's id) and `service`. The settings `metrics_services_max` and
 `metrics_users_max` bound how many there are: beyond them the services that have used the least CPU time go together as
