@@ -126,7 +126,7 @@ def _commands(group: Any, before: str = "") -> Iterator[tuple[str, set[str]]]:
             yield from _commands(command, f"{before}{name} ")
             continue
         found = [item for item in command.params if item.param_type_name == "option" and not item.required]
-        words = {word for item in found if not item.hidden for word in item.opts}
+        words = {word for item in found if not item.hidden for word in (*item.opts, *item.secondary_opts)}
         yield before + name, {word for word in words if word.startswith("--")} - COMMON
 
 
