@@ -45,7 +45,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 150.0
-"""So long a document may take."""
+"""So long a document may take, on a machine that has much else to do."""
 
 REASONS = frozenset({"it installs packages", "it needs systemd", "it is how these tests are run"})
 _MARKS = frozenset({"server", "kernel", "kernel too"})
@@ -165,20 +165,21 @@ class Session:
             **dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True)),
         }
 
-    def follow(self, document: Sequence[Block]) -> None:
+    def follow(self, document: Sequence[Block], seconds: float = SECONDS) -> None:
         """Run the blocks of a document.
 
         Raises:
-            AssertionError: one of them fails, or prints something else.
+            AssertionError: one of them fails, prints something else, or is not done after so many seconds.
         """
         steps = list(self._steps_of(document))
-        failed = self._run_all(steps)
+        failed, in_time = self._run_all(steps, seconds)
         wrong: list[str] = []
         for number, step in enumerate(steps):
             out = self._steps / f"{number}.out"
             printed = out.read_text() if out.exists() else ""
             if number == failed:
-                wrong.append(f"{step.where}: failed:\n{step.command}\n{printed}")
+                what = "failed" if in_time else f"not done after {seconds:g} s"
+                wrong.append(f"{step.where}: {what}:\n{step.command}\n{printed}")
                 break
             parts = printed.split(f"{_BETWEEN}\n")
             for expected, part in zip(step.prints, parts, strict=False):
@@ -227,8 +228,8 @@ class Session:
 
     # The session ------------------------------------------------------------------------------------------------
 
-    def _run_all(self, steps: Sequence[Step]) -> int | None:
-        """Run them, and return the number of the one that failed."""
+    def _run_all(self, steps: Sequence[Step], seconds: float) -> tuple[int | None, bool]:
+        """Run them, and return the number of the one that failed, and whether the session ended by itself."""
         lines = [_BEGIN]
         for number, step in enumerate(steps):
             file = self._steps / str(number)
@@ -252,14 +253,15 @@ class Session:
             start_new_session=True,
         )
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # the step that is not done is told
-                session.wait(SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                session.wait(seconds)
         finally:
-            if session.poll() is None:
+            in_time = session.poll() is not None
+            if not in_time:
                 os.killpg(session.pid, signal.SIGKILL)
                 session.wait()
         done = [(self._steps / f"{number}.done").exists() for number in range(len(steps))]
-        return None if all(done) else done.index(False)
+        return None if all(done) else done.index(False), in_time
 
     # What was printed -------------------------------------------------------------------------------------------
 

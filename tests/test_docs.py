@@ -53,13 +53,14 @@ def test_blocks_do_what_they_say(path: Path, session: Session) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.deadline(300)
+@pytest.mark.deadline(400)
 @pytest.mark.parametrize("path", WITH_LIMITS, ids=lambda path: path.stem)
 def test_limits_do_what_they_say(path: Path, session: Session) -> None:
     document = blocks(path)
     chosen = [block for block in document if {"kernel", "kernel too"} & block.marks]
     shown = [after for block, after in pairwise(document) if block in chosen and after.language == "text"]
-    session.follow([block for block in document if block in chosen or block in shown])
+    # Under emulation each command takes seconds.
+    session.follow([block for block in document if block in chosen or block in shown], 360)
 
 
 @pytest.mark.parametrize("path", LINKED, ids=lambda path: path.stem)

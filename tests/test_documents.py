@@ -79,6 +79,13 @@ def test_what_is_wrong_is_told(session: Session, tmp_path: Path, right: str, wro
     assert told in str(failure.value)
 
 
+def test_what_does_not_end_is_told(session: Session, tmp_path: Path) -> None:
+    document = tmp_path / "document.md"
+    document.write_text("```sh\necho begun; sleep 1000\n```\n")
+    with pytest.raises(AssertionError, match=r"document.md:2: not done after 0.5 s:(?s:.*)\nbegun\n"):
+        session.follow(blocks(document), 0.5)
+
+
 @pytest.mark.parametrize(
     "text",
     [
