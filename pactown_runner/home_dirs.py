@@ -76,7 +76,11 @@ class FreshHome(NamedTuple):
 
 def fresh_homes(users_base: Path) -> list[FreshHome]:
     """All that there are, of whichever state. Raises `OSError`."""
-    matches = map(_FRESH.fullmatch, os.listdir(users_base))
+    try:
+        names = os.listdir(users_base)
+    except FileNotFoundError:
+        return []  # nobody has had a home yet
+    matches = map(_FRESH.fullmatch, names)
     return [FreshHome(users_base, *match.groups()) for match in matches if match]
 
 

@@ -531,3 +531,13 @@ async def test_a_user_id_writes_no_lines_of_its_own_into_the_operators_log(super
     for text in (repr(sandbox), str(caught.value)):
         assert "eve" in text
         assert text.isprintable()
+
+
+async def test_where_nobody_has_had_a_home_there_is_nothing_to_tell(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Supervisor(settings=replace(settings, users_base=settings.users_base / "none")) as supervisor:
+        removals = supervisor._removals
+        assert removals is not None
+        await asyncio.to_thread(removals.join)
+    assert caplog.records == []

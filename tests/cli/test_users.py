@@ -117,7 +117,7 @@ def test_who_there_is(cli: Cli, settings: Settings) -> None:
     again = cli("users", "create", USER)
     assert again.stderr == b"it was there already\n"
     other = cli("users", "create", "other\nuser")
-    assert b"pactown-runner run --user 'other\nuser' -- id" in other.stderr
+    assert rb"pactown-runner run --user $'other\x0auser' -- id" in other.stderr
 
     listed = _json(cli("users", "list", "--json"))
     assert listed["count"] == 2
