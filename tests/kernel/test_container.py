@@ -19,7 +19,7 @@ import pytest
 from cgroups import find_mount
 from tests.supervising import ROOT, eventually
 
-pytestmark = [pytest.mark.kernel, pytest.mark.guest(boot=1)]
+pytestmark = [pytest.mark.kernel, pytest.mark.guest(boot=1), pytest.mark.deadline(300)]
 
 NAME = "container-of-compose"
 SCOPE = Path(f"system.slice/docker-{NAME}.scope")
@@ -62,7 +62,7 @@ class Container:
     async def ready(self) -> None:
         """Wait until it listens, and fail with what it said if it does not."""
         events = find_mount().path / SCOPE / "cgroup.events"
-        await eventually(lambda: self.socket.exists() or "populated 1" not in events.read_text(), 100)
+        await eventually(lambda: self.socket.exists() or "populated 1" not in events.read_text(), 250)
         assert self.socket.exists(), self.console.read_text()
 
     def asked(self, path: str, *words: str) -> Any:

@@ -22,7 +22,7 @@ from tests.supervising import ROOT, eventually
 if TYPE_CHECKING:
     from tests.hostguard import Run
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.deadline(300)]
 
 PREFIX = Path("/opt/pactown")
 FOUND = Path("/srv/results/before-the-reboot.json")
@@ -51,7 +51,7 @@ def service() -> dict[str, Any]:
 
 async def ready() -> dict[str, Any]:
     """The service as the API shows it when it is ready."""
-    await eventually(lambda: service()["ready"], 60)
+    await eventually(lambda: service()["ready"], 120)
     return service()
 
 
