@@ -36,8 +36,13 @@ from schemathesis.hooks import HookContext
 from schemathesis.transport.serialization import Binary, serialize_binary
 
 USERS = ("auth0|123456", "a/b", "other")
-MOVER = "mover"
-"""A user of whom nothing runs, so that an archive can be imported."""
+
+
+def mover(seed: int) -> str:
+    """A client's own user, of whom nothing runs, so that an archive can be imported."""
+    return f"mover-{seed}"
+
+
 SERVICES = ("api", "web")
 COMMANDS: tuple[Any, ...] = (["sleep", "600"], "echo hello; sleep 600", "exit 3", ["cat"])
 
@@ -80,11 +85,12 @@ class _Bend:
 
     def __init__(self, seed: int, archive: bytes) -> None:
         self._random = random.Random(seed)
+        self._mover = mover(seed)
         self._archive = archive
 
     def __call__(self, case: Case[Any]) -> None:
         importing = case.operation.path.endswith("/import")
-        users = (MOVER,) if importing else USERS
+        users = (self._mover,) if importing else USERS
         for values in (case.path_parameters, case.query, case.body):
             if isinstance(values, dict):
                 # What is wrong stays wrong.
@@ -116,7 +122,7 @@ class _Bend:
 
 def _archive(options: argparse.Namespace) -> bytes:
     """A home as it is exported."""
-    user = f"{options.url}/runner/isolation/user/{MOVER}"
+    user = f"{options.url}/runner/isolation/user/{mover(options.seed)}"
     headers = {"Authorization": f"Bearer {options.token}"}
     requests.put(user, headers=headers, timeout=30).raise_for_status()
     answer = requests.post(f"{user}/export", headers=headers, timeout=30)
