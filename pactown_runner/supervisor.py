@@ -40,7 +40,7 @@ from .holdings import Run
 from .homes import SandboxFiles
 from .host import Claim, LoopHost
 from .logs import LogHub, LogPaths, LogTenants, read_log
-from .models import LogRecord, Outcome, State
+from .models import IsolatedUser, LogRecord, Outcome, State
 from .monitor import Monitor
 from .notify import DescriptorStore
 from .outcomes import failed_to_start
@@ -400,10 +400,13 @@ class Supervisor:
             for sandbox in self.list(user_id):
                 stopping.start_soon(_quietly, sandbox, sandbox.stop)
 
-    async def _hold_all(self, user_id: str, still: bool) -> None:
+    async def _hold_all(self, user: IsolatedUser, still: bool) -> None:
         """Freeze all that runs of a user, and what is just being started when it does; or thaw it."""
-        for sandbox in self.list(user_id):
+        for sandbox in self.list(user.saas_user_id):
             try:
+                if self._host is not None and not sandbox.course.started.is_set():
+                    begin = self._host.tree.let_begin
+                    await to_thread.run_sync(begin, user.key, sandbox.service_id, sandbox.run_id)
                 await sandbox.started()
                 await (sandbox.freeze() if still else sandbox.thaw())
             except RunnerError:

@@ -79,7 +79,7 @@ class Placed:
     host: LoopHost
     threads: TenantThreads
     stop_all: Callable[[str], Awaitable[None]]
-    hold_all: Callable[[str, bool], Awaitable[None]]
+    hold_all: Callable[[IsolatedUser, bool], Awaitable[None]]
 
 
 class SupervisorUsers:
@@ -222,7 +222,7 @@ class SupervisorUsers:
         except CgroupError as error:
             raise StateError(error.message, remedy=error.remedy) from error
         if standing.blocked or before.blocked:
-            await here.hold_all(user_id, standing.blocked)
+            await here.hold_all(user, standing.blocked)
 
     async def delete(self, user_id: str, *, delete_home: bool = True, delete_logs: bool = True) -> IsolatedUser:
         """Stop all of a user's sandboxes, and delete the user with all that carries its uid on this host.

@@ -156,6 +156,15 @@ class Tree:
                     with suppress(GoneError):
                         scope.freeze(timeout) if still else scope.thaw(timeout)
 
+    def let_begin(self, key: str, name: str, run_id: str) -> None:
+        """Thaw the scope of a run that is just being started: what is born frozen cannot tell that it has been.
+
+        Raises:
+            CgroupError: it cannot be thawed.
+        """
+        with suppress(GoneError), self.open_run(key, name, run_id) as scope:
+            scope.request_freeze(False)
+
     def scope(self, key: str, name: str, run_id: str) -> Cgroup:
         """Make the scope `<name>.scope` in the tenant's slice, marked with the state and the run.
 
