@@ -95,6 +95,7 @@ class Course:
         self._life = Life()
         self._woken = asyncio.Event()
         self._launched = asyncio.Event()
+        self._ended = asyncio.Event()
         self._leaving = False
         self._grace_cap = float("inf")
 
@@ -123,6 +124,8 @@ class Course:
     async def end(self, grace: float | None = None) -> Outcome:
         """End it; but a service that is registered comes back with the next supervisor. See `Sandbox.stop`."""
         await self._turn("down", self.grace(grace))
+        # One that is crash-looping has settled long ago, and holds its name still.
+        await self._ended.wait()
         return await self.wait()
 
     async def restart(self, grace: float) -> None:
@@ -247,6 +250,7 @@ class Course:
             self.started.set()
             self.settled.set()
             self._launched.set()
+            self._ended.set()
 
     async def _live(self) -> None:
         action: Action | None = Action.LAUNCH

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import sqlite3
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -475,3 +476,20 @@ async def test_specs_of_an_earlier_version_are_read() -> None:
         assert f'"{name}"' in text
     old = text.split(', "restart"')[0] + "}"
     assert SandboxSpec.from_json(old) == SandboxSpec.from_json(text)
+
+
+async def test_one_that_is_crash_looping_has_its_name_until_stop_returns(
+    supervisor: Supervisor, settings: Settings
+) -> None:
+    policy = RestartPolicy("on-failure", max_restarts=0)
+    sandbox = await supervisor.start(spec("exit 1", restart=policy))
+    await soon(sandbox.wait())
+    with contextlib.closing(sqlite3.connect(settings.state_dir / "registry.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        stopping = asyncio.create_task(sandbox.stop())
+        await eventually(lambda: sandbox.state is State.ENDED)
+        assert not stopping.done()
+        other.execute("ROLLBACK")
+        await soon(stopping)
+    # Which would be refused.
+    await supervisor.start(spec("exit 1", restart=policy))

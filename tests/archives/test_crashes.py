@@ -117,9 +117,12 @@ async def test_a_killed_import_is_one_or_none(settings: Settings, child: Start) 
             await asyncio.sleep(random.uniform(0, 0.6))
         await process.killed()
         async with Supervisor(settings=settings, role="one-shot") as successor:
-            host = successor._host
+            host, removals = successor._host, successor._removals
             assert host is not None
+            assert removals is not None
             await nothing_claimed(host)
+            # It has looked for that itself, too early perhaps.
+            await asyncio.to_thread(removals.join)
             await asyncio.to_thread(sweep_fresh_homes, host)
             number = (user.home_dir / "number").read_text()
             assert differences(homes[number], looks(user.home_dir)) == [], name
@@ -278,8 +281,9 @@ async def test_what_is_taken_over_while_another_process_exports_runs_on_afterwar
     settings: Settings, child: Start
 ) -> None:
     await big_home(settings)
-    server, exporter = child(SERVER), child(STUCK, role="one-shot")
-    assert await server.line() == "started"
+    server = child(SERVER)
+    assert await server.line() == "started"  # which would wait for the export's end
+    exporter = child(STUCK, role="one-shot")
     assert await exporter.line() == "half"
     await server.killed()
     async with Supervisor(settings=settings) as supervisor:
