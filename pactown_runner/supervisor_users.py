@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from anyio import to_thread
 
@@ -95,6 +97,7 @@ class SupervisorUsers:
         self._refusal = refusal
         self._here: Placed | None = None
         self._meter = UsageMeter(None)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def place(self, here: Placed | None) -> None:
         """There is a place for cgroups from now on, or no more."""
@@ -214,15 +217,18 @@ class SupervisorUsers:
             LimitsError: the tier's limits cannot be enforced here; the standing is what it was.
             StateError: something did not stand still, or go on. The call may be repeated.
         """
-        here, user = self._placed(), await self._known(user_id)
-        host = here.host
-        before = await self.standing(user_id)
-        try:
-            await to_thread.run_sync(host.standings.change, host.tree, user.key, standing)
-        except CgroupError as error:
-            raise StateError(error.message, remedy=error.remedy) from error
-        if standing.blocked or before.blocked:
-            await here.hold_all(user, standing.blocked)
+        # One after another: who freezes waits for what who thaws takes back.
+        turn = self._turns.setdefault(user_id, asyncio.Lock())
+        async with turn:
+            here, user = self._placed(), await self._known(user_id)
+            host = here.host
+            before = await self.standing(user_id)
+            try:
+                await to_thread.run_sync(host.standings.change, host.tree, user.key, standing)
+            except CgroupError as error:
+                raise StateError(error.message, remedy=error.remedy) from error
+            if standing.blocked or before.blocked:
+                await here.hold_all(user, standing.blocked)
 
     async def delete(self, user_id: str, *, delete_home: bool = True, delete_logs: bool = True) -> IsolatedUser:
         """Stop all of a user's sandboxes, and delete the user with all that carries its uid on this host.

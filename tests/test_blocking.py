@@ -1,4 +1,4 @@
-"""A tenant that is blocked just when something is being started for it."""
+"""A tenant that is blocked just when something is being started for it, or when somebody else lets it go on."""
 
 from __future__ import annotations
 
@@ -37,3 +37,12 @@ async def test_what_is_just_being_started_does_not_keep_a_block_from_holding(sup
             await soon(sandbox.stop(0))
     assert "frozen" in ends
     assert ends <= {"blocked", "frozen"}
+
+
+async def test_blocks_that_are_given_and_taken_back_at_once_do_not_wait_for_each_other(supervisor: Supervisor) -> None:
+    sandbox = await supervisor.start(spec("exec sleep 600"))
+    give = supervisor.users.set_standing
+    for _ in range(TRIES):
+        both = [give(USER, Standing(None, blocked)) for blocked in (True, False, True, False)]
+        await soon(asyncio.gather(*both), 20)
+        assert sandbox.state == "running"
