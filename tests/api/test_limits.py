@@ -242,7 +242,7 @@ async def test_peers_are_known_on_each_loop(supervisor: Supervisor, api_settings
 
 
 async def test_requests_under_way_end_before_the_server_does(supervisor: Supervisor, api_settings: Settings) -> None:
-    sandbox = await supervisor.start(spec("trap 'sleep 0.5; exit 7' TERM; echo ready; while :; do sleep 0.1; done"))
+    sandbox = await supervisor.start(spec("trap 'sleep 3; exit 7' TERM; echo ready; while :; do sleep 0.1; done"))
     transport = httpx.AsyncHTTPTransport(uds=str(api_settings.api_socket_path))
     client = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30)
     async with client, serving(supervisor, api_settings):
