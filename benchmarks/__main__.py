@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from . import api, idle, logs, logs_flood, scrape, spawn, venvs
@@ -19,6 +20,9 @@ BENCHMARKS = {
 
 def main(words: list[str]) -> int:
     """Run what is named first, with the words behind it, or everything."""
+    # As control-C does: what was made is removed first.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     if words and words[0] in BENCHMARKS:
         return BENCHMARKS[words[0]](words[1:])
     if words and words[0].startswith("-"):
