@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import EISDIR, EOPNOTSUPP
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +13,7 @@ from ..homes import OnProgress
 from ..host import Host
 from ..jobs import Stop
 from ..models import IsolatedUser
+from ..whole_file import WholeFile
 from .children import LeftOut, Said, child
 from .descriptors import Sink
 from .errors import ArchiveError
@@ -154,61 +153,10 @@ def _exported(said: Said, archive_bytes: int) -> Exported:
 
 @contextmanager
 def _written(target: Path) -> Iterator[int]:
-    """A new file, which gets its name when the block has ended well, and is on the disk then.
-
-    Until then it has none, where the file system can do that, so that also a crash leaves nothing.
-    """
+    """A new file, which gets its name when the block has ended well, and is on the disk then."""
     try:
-        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            with _unfinished(folder) as (fd, name):
-                yield fd
-                os.fsync(fd)
-                _name(fd, name, target.name, folder)
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with WholeFile(target) as file:
+            yield file.fd
+            file.finish()
     except OSError as error:
         raise ArchiveError(f"cannot write {target}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _unfinished(folder: int) -> Iterator[tuple[int, str | None]]:
-    """A new file in a folder, and the name that it has for the time being, if it has one."""
-    name = None
-    try:
-        fd = os.open(".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=folder)
-    except OSError as error:
-        if error.errno not in (EISDIR, EOPNOTSUPP):
-            raise
-        name = _passing_name()
-        fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
-    try:
-        yield fd, name
-    finally:
-        os.close(fd)
-        if name is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=folder)
-
-
-def _name(fd: int, name: str | None, target: str, folder: int) -> None:
-    """Give a file its name, also if another has it."""
-    if name is None:
-        link = f"/proc/self/fd/{fd}"
-        try:
-            os.link(link, target, dst_dir_fd=folder, follow_symlinks=True)
-        except FileExistsError:
-            name = _passing_name()
-            os.link(link, name, dst_dir_fd=folder, follow_symlinks=True)
-        else:
-            return
-    try:
-        os.rename(name, target, src_dir_fd=folder, dst_dir_fd=folder)
-    except OSError:
-        os.unlink(name, dir_fd=folder)
-        raise
-
-
-def _passing_name() -> str:
-    return f".pactown-export-{secrets.token_hex(8)}"

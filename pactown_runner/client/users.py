@@ -15,10 +15,10 @@ from ..errors import FilesError
 from ..models import IsolatedUser
 from ..specs import check_user_id
 from ..tiers import Tier
+from ..whole_file import WholeFile
 from .answers import ImportedHome, UserStats, UserTier, tier_of, user_of
 from .calls import Calls
 from .paths import user_path
-from .saving import WholeFile
 
 __all__ = ["OnProgress", "UserCalls"]
 

@@ -19,11 +19,16 @@ class WholeFile:
 
     Until then it has none, where the file system can do that, so that also a crash leaves nothing. Nobody else may read
     it. All of it raises OSError; writing and finishing are for a thread.
+
+    Attributes:
+        fd: the file's, within the block.
     """
+
+    fd: int
 
     def __init__(self, target: Path) -> None:
         self._target = target
-        self._passing = f".{target.name[:200]}.{secrets.token_hex(8)}"
+        self._passing = f".pactown-export-{secrets.token_hex(8)}"
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
@@ -32,9 +37,9 @@ class WholeFile:
         with ExitStack() as held:
             self._folder = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             held.callback(os.close, self._folder)
-            self._fd, self._named = self._made()
+            self.fd, self._named = self._made()
             held.callback(self._forget)
-            held.callback(os.close, self._fd)
+            held.callback(os.close, self.fd)
             self._held = held.pop_all()
         return self
 
@@ -45,16 +50,24 @@ class WholeFile:
         """Write all of it behind what is there."""
         rest = memoryview(data)
         while rest:
-            rest = rest[os.write(self._fd, rest) :]
+            rest = rest[os.write(self.fd, rest) :]
 
     def finish(self) -> None:
         """It is whole: give it its name. It is on the disk then."""
-        os.fsync(self._fd)
-        if not self._named:
-            link = f"/proc/self/fd/{self._fd}"
-            os.link(link, self._passing, dst_dir_fd=self._folder, follow_symlinks=True)
-        os.rename(self._passing, self._target.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        os.fsync(self.fd)
+        if self._named or not self._linked():
+            os.rename(self._passing, self._target.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         os.fsync(self._folder)
+
+    def _linked(self) -> bool:
+        """Give it its name, or, where another file has that, the passing one. Returns whether it is its own."""
+        link = f"/proc/self/fd/{self.fd}"
+        try:
+            os.link(link, self._target.name, dst_dir_fd=self._folder, follow_symlinks=True)
+        except FileExistsError:
+            os.link(link, self._passing, dst_dir_fd=self._folder, follow_symlinks=True)
+            return False
+        return True
 
     def _made(self) -> tuple[int, bool]:
         """A new file, and whether it has the passing name, as it must have on some file systems."""
