@@ -50,6 +50,9 @@ class Host:
     settings: Settings
     registry: Registry
     users: Users
+    standings: Standings
+    """What the operator lets each tenant have."""
+
     tree: Tree
     owner: Owner
     unreaped: set[int] = field(default_factory=set)
@@ -61,14 +64,8 @@ class Host:
     known: dict[str, IsolatedUser] = field(default_factory=dict)
     """Users by id, as last seen. That one still is what it was only a claim tells."""
 
-    standings: Standings = field(init=False)
-    """What the operator lets each tenant have."""
-
     unwritten: dict[Claim, float] = field(default_factory=dict)
     """Runs that have ended and whose output could not be written down, and when that was tried: the spool keeps it."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "standings", Standings(self.settings, self.registry))
 
     def release(self, claim: Claim) -> None:
         """Give a run's name free, now or later; blocking. Nothing of the run is left."""

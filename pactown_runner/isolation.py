@@ -65,19 +65,26 @@ class UserIsolationManager:
             self._held = held.pop_all()
 
     def _open_host(self, held: ExitStack) -> tuple[Host | None, TreeError | None]:
-        settings = self._settings
+        settings, standings = self._settings, Standings(self._settings, self._registry)
         try:
             tree = open_tree(
                 cgroup_slice=settings.cgroup_slice,
                 state_id=self._registry.state_id,
-                tenant_limits=Standings(settings, self._registry).tenant_limits,
+                tenant_limits=standings.tenant_limits,
             )
         except TreeError as error:
             if settings.root_mode:
                 raise
             return None, error
         held.callback(tree.close)
-        host = Host(settings=settings, registry=self._registry, users=self._users, tree=tree, owner=self._owner)
+        host = Host(
+            settings=settings,
+            registry=self._registry,
+            users=self._users,
+            standings=standings,
+            tree=tree,
+            owner=self._owner,
+        )
         return host, None
 
     def close(self) -> None:

@@ -154,12 +154,12 @@ class Supervisor:
             owner = held.enter_context(Owner(settings.state_dir))
             LogPaths(settings.log_dir, settings.run_dir, "").prepare()
             quick = held.enter_context(Registry(registry.path, waits=False))
-            users = Users(settings, registry)
+            users, standings = Users(settings, registry), Standings(settings, registry)
             try:
                 tree = open_tree(
                     cgroup_slice=settings.cgroup_slice,
                     state_id=registry.state_id,
-                    tenant_limits=Standings(settings, registry).tenant_limits,
+                    tenant_limits=standings.tenant_limits,
                 )
             except TreeError as error:
                 if settings.root_mode:
@@ -181,6 +181,7 @@ class Supervisor:
             settings=settings,
             registry=registry,
             users=users,
+            standings=standings,
             tree=tree,
             owner=owner,
             hub=hub,

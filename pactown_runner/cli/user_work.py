@@ -168,14 +168,15 @@ async def _in_thread(user_id: str, work: Callable[[Stop], T]) -> T:
 def _opened(settings: Settings) -> Iterator[Host]:
     with contextlib.ExitStack() as held:
         registry = held.enter_context(Registry(settings.state_dir / "registry.db"))
+        users, standings = Users(settings, registry), Standings(settings, registry)
         tree = open_tree(
             cgroup_slice=settings.cgroup_slice,
             state_id=registry.state_id,
-            tenant_limits=Standings(settings, registry).tenant_limits,
+            tenant_limits=standings.tenant_limits,
         )
         held.callback(tree.close)
         owner = held.enter_context(Owner(settings.state_dir))
-        yield Host(settings=settings, registry=registry, users=Users(settings, registry), tree=tree, owner=owner)
+        yield Host(settings=settings, registry=registry, users=users, standings=standings, tree=tree, owner=owner)
 
 
 def _left_behind(host: Host, user_id: str) -> bool:
