@@ -68,7 +68,6 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, NamedTuple, get_args
 
 from anyio import to_thread
@@ -83,6 +82,7 @@ from cgroups import CgroupError, Stats
 from .errors import RunnerError
 from .events import NoteKind
 from .models import EventKind, Reason, State
+from .release import installed_version
 from .sandbox import Sandbox
 from .supervisor import Supervisor
 from .tallies import RESOURCES, TENANT, Key, Labels, Tallies, used
@@ -430,10 +430,6 @@ def _used_now(
 
 
 def _build() -> Metric:
-    try:
-        ours = version("pactown-runner")
-    except PackageNotFoundError:
-        ours = "0"
     build = GaugeMetricFamily("pactown_build_info", "What runs here; always 1.", labels=["version", "python"])
-    build.add_metric([ours, platform.python_version()], 1)
+    build.add_metric([installed_version() or "0", platform.python_version()], 1)
     return build

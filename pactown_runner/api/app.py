@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import Settings
 from ..metrics import Metrics
+from ..release import installed_version
 from ..supervisor import Supervisor
 from . import problems
 from .access import Callers
@@ -105,7 +105,7 @@ def _routes(settings: Settings) -> FastAPI:
     app = FastAPI(
         title="pactown-runner",
         description=_DESCRIPTION,
-        version=_version(),
+        version=installed_version() or "0",
         # A page that shows the document would load its scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
@@ -135,10 +135,3 @@ def _with_problems(document: dict[str, Any]) -> dict[str, Any]:
     document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"token": []}]
     return document
-
-
-def _version() -> str:
-    try:
-        return version("pactown-runner")
-    except PackageNotFoundError:
-        return "0"

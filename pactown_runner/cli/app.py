@@ -52,13 +52,9 @@ def _joined(text: str | None) -> str | None:
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - 20 ms
+        from ..release import installed_version  # noqa: PLC0415 - 20 ms
 
-        try:
-            number = version("pactown-runner")
-        except PackageNotFoundError:
-            number = "(not installed, run from its sources)"
-        typer.echo(f"pactown-runner {number}")
+        typer.echo(f"pactown-runner {installed_version() or '(not installed, run from its sources)'}")
         raise typer.Exit
 
 
