@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..client import Client
-from ..config import Settings
-from ..errors import ConfigError
+from ..client.calls import default_socket
 from .interrupting import interruptible
 from .options import load_settings
 
@@ -40,22 +39,10 @@ def asked(
         Ended: it was interrupted.
         RunnerError: there is no server, or what it refuses.
     """
-    address = server or _socket(load_settings(users_base, config))
+    address = server or default_socket(load_settings(users_base, config), remedy="--server http://HOST:PORT")
 
     async def ask() -> T:
         async with Client(address, token=os.environ.get("PACTOWN_TOKEN") or None, timeout=timeout) as client:
             return await work(client)
 
     return asyncio.run(interruptible(ask()))
-
-
-def _socket(settings: Settings) -> Path:
-    path = settings.api_socket_path
-    if path is None:
-        raise ConfigError("the server has no socket: api_socket is empty", remedy="--server http://HOST:PORT")
-    if not settings.root_mode and not path.exists():
-        # The settings are of what this user would run itself; the host's server may still be open to it.
-        for_all = Settings().api_socket_path
-        if for_all is not None and for_all.exists():
-            return for_all
-    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
@@ -12,9 +11,10 @@ from .answers import understood
 from .errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from ..config import Settings
     from .connection import Connection, Options
 
-__all__ = ["TIMEOUT", "Calls"]
+__all__ = ["TIMEOUT", "Calls", "default_socket"]
 
 TIMEOUT = 30.0
 """Seconds, see `Client`."""
@@ -69,25 +69,31 @@ class Calls:
                 return
 
 
-def _where(address: str | Path | None) -> str | Path:
-    if address is None:
-        return _default_socket()
-    return address if isinstance(address, str) and "://" in address else Path(address)
+def default_socket(settings: Settings, *, remedy: str = "give its address: http://HOST:PORT") -> Path:
+    """Where the server listens that whoever has these settings means.
 
-
-def _default_socket() -> Path:
-    from ..config import Settings  # noqa: PLC0415 - only who asks for them needs them
-
-    settings = Settings.load()
+    Raises:
+        ConfigError: it has no socket; with the `remedy`.
+    """
     path = settings.api_socket_path
     if path is None:
-        raise ConfigError("the server has no socket: api_socket is empty", remedy="give its address: http://HOST:PORT")
-    if not settings.root_mode and not os.path.exists(path):
+        raise ConfigError("the server has no socket: api_socket is empty", remedy=remedy)
+    if not settings.root_mode and not path.exists():
         # The settings are of what this user would run itself; the host's server may still be open to it.
+        from ..config import Settings  # noqa: PLC0415 - only who asks for them needs them
+
         for_all = Settings().api_socket_path
-        if for_all is not None and os.path.exists(for_all):
+        if for_all is not None and for_all.exists():
             return for_all
     return path
+
+
+def _where(address: str | Path | None) -> str | Path:
+    if address is None:
+        from ..config import Settings  # noqa: PLC0415 - only who asks for them needs them
+
+        return default_socket(Settings.load())
+    return address if isinstance(address, str) and "://" in address else Path(address)
 
 
 def _connection(address: str | Path, token: str | None, timeout: float) -> Connection:
