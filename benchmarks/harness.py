@@ -8,15 +8,15 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from pactown_runner import Settings, Supervisor
+from pactown_runner import SandboxSpec, Settings, Supervisor
 from pactown_runner.purge import Purge
 
-__all__ = ["bench_supervisor", "loop_delay", "machine", "percentile"]
+__all__ = ["bench_supervisor", "loop_delay", "machine", "percentile", "show", "start_idle"]
 
 
 @asynccontextmanager
@@ -40,6 +40,17 @@ async def bench_supervisor(**given: Any) -> AsyncIterator[Supervisor]:
         finally:
             with Purge(settings) as purge:
                 purge.carry_out(purge.plan())
+
+
+async def start_idle(supervisor: Supervisor, numbers: range, *, users: int = 10) -> None:
+    """Start sandboxes of these numbers that do nothing, twenty at a time, shared out among so many users."""
+
+    async def start(number: int) -> None:
+        spec = SandboxSpec(user_id=f"user-{number % users}", service_id=f"idle-{number}", command=["sleep", "3600"])
+        await supervisor.start(spec)
+
+    for first in range(0, len(numbers), 20):
+        await asyncio.gather(*map(start, numbers[first : first + 20]))
 
 
 @asynccontextmanager
@@ -70,3 +81,9 @@ def percentile(values: list[float], percent: float) -> float:
 def machine() -> str:
     """What this was measured on."""
     return f"{os.cpu_count()} CPUs, Linux {platform.release()}, Python {platform.python_version()}"
+
+
+def show(figures: Mapping[str, Any]) -> None:
+    """Print figures by name, one a line."""
+    for name, value in figures.items():
+        print(f"{name:32} {value:>12}")

@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 
-from pactown_runner import SandboxSpec, Supervisor
+from pactown_runner import Supervisor
 
-from .harness import bench_supervisor, loop_delay, machine, percentile
+from .harness import bench_supervisor, loop_delay, machine, percentile, show, start_idle
 
 ROUNDS = 20
 """Looks at all sandboxes, of which the median and the worst are told."""
@@ -26,17 +26,11 @@ async def measure(sandboxes: int, seconds: float) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     process = psutil.Process()
     async with bench_supervisor() as supervisor:
-
-        async def start(number: int) -> None:
-            spec = SandboxSpec(user_id=f"user-{number % 10}", service_id=f"idle-{number}", command=["sleep", "3600"])
-            await supervisor.start(spec)
-
         for number in range(10):  # the users, and whatever the first start of all needs
-            await start(number)
+            await start_idle(supervisor, range(number, number + 1))
         before = process.memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count()
         began = time.perf_counter()
-        for first in range(10, sandboxes + 10, 20):
-            await asyncio.gather(*(start(number) for number in range(first, min(first + 20, sandboxes + 10))))
+        await start_idle(supervisor, range(10, sandboxes + 10))
         started = time.perf_counter() - began
         after = process.memory_info().rss, len(os.listdir("/proc/self/fd")), threading.active_count()
 
@@ -86,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=5)
     options = parser.parse_args(argv)
     print(machine())
-    for name, value in asyncio.run(measure(options.sandboxes, options.seconds)).items():
-        print(f"{name:32} {value:>12}")
+    show(asyncio.run(measure(options.sandboxes, options.seconds)))
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pactown_runner import Sandbox, SandboxSpec
 
-from .harness import bench_supervisor, loop_delay, machine, percentile
+from .harness import bench_supervisor, loop_delay, machine, percentile, show
 
 
 async def count(sandbox: Sandbox) -> int:
@@ -60,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lines", type=int, default=1_000_000)
     options = parser.parse_args(argv)
     print(machine())
-    for name, value in asyncio.run(measure(options.lines)).items():
-        print(f"{name:28} {value:>12}")
+    show(asyncio.run(measure(options.lines)))
     return 0
 
 

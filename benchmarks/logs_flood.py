@@ -22,7 +22,7 @@ import psutil
 
 from pactown_runner import Sandbox, SandboxSpec, Supervisor
 
-from .harness import bench_supervisor, loop_delay, machine, percentile
+from .harness import bench_supervisor, loop_delay, machine, percentile, show
 
 SETTLED = 0.25
 """The part of the time after which memory must not grow any more."""
@@ -175,8 +175,7 @@ def main(argv: list[str] | None = None) -> int:
         rate, known = (None, "block") if policy == "none" else (options.rate, policy)
         result = asyncio.run(measure(options.tenants, options.seconds, rate, known, options.cap))
         print()
-        for name, value in result.items():
-            print(f"{name:28} {value:>12}")
+        show(result)
         status |= bool(result["lines_not_accounted_for"] or result["bytes_not_accounted_for"])
     return status
 

@@ -8,10 +8,9 @@ import gc
 import time
 from typing import Any
 
-from pactown_runner import SandboxSpec, Supervisor
 from pactown_runner.metrics import Metrics
 
-from .harness import bench_supervisor, loop_delay, machine, percentile
+from .harness import bench_supervisor, loop_delay, machine, percentile, show, start_idle
 
 SCRAPES = 20
 """Of which the median and the worst are told."""
@@ -21,9 +20,7 @@ async def measure(sandboxes: int, users: int) -> dict[str, Any]:
     """Start so many that do nothing, for so many users, and scrape."""
     async with bench_supervisor() as supervisor:
         metrics = Metrics(supervisor)
-        for first in range(0, sandboxes, 20):
-            numbers = range(first, min(first + 20, sandboxes))
-            await asyncio.gather(*(_start(supervisor, number, users) for number in numbers))
+        await start_idle(supervisor, range(sandboxes), users=users)
         times: list[float] = []
         cpu_times: list[float] = []
         delays: list[float] = []
@@ -54,11 +51,6 @@ async def measure(sandboxes: int, users: int) -> dict[str, Any]:
     }
 
 
-async def _start(supervisor: Supervisor, number: int, users: int) -> None:
-    spec = SandboxSpec(user_id=f"user-{number % users}", service_id=f"idle-{number}", command=["sleep", "3600"])
-    await supervisor.start(spec)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -66,8 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--users", type=int, default=10)
     options = parser.parse_args(argv)
     print(machine())
-    for name, value in asyncio.run(measure(options.sandboxes, options.users)).items():
-        print(f"{name:32} {value:>12}")
+    show(asyncio.run(measure(options.sandboxes, options.users)))
     return 0
 
 
