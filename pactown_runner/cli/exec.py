@@ -8,7 +8,7 @@ import typer
 
 from .completing import complete_service, complete_user
 from .messages import Ended, errors_told
-from .options import Config, Cwd, Env, Raw, Stdin, UsersBase, environment_of, load_settings
+from .options import Command, Config, Cwd, Env, Raw, Stdin, UsersBase, environment_of, load_settings
 
 __all__ = ["register"]
 
@@ -37,9 +37,7 @@ def register(app: typer.Typer) -> None:
 
 
 def execute(
-    command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND...", help="Executed as it is; no shell.", show_default=False)
-    ],
+    command: Command,
     *,
     user: Annotated[
         str,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..config import Settings
 
 __all__ = [
+    "Command",
     "Config",
     "Cpu",
     "Cwd",
@@ -28,6 +29,7 @@ __all__ = [
     "Server",
     "Service",
     "Stdin",
+    "Tenant",
     "User",
     "UsersBase",
     "Watch",
@@ -44,6 +46,19 @@ User = Annotated[
 ]
 Service = Annotated[
     str, typer.Argument(metavar="SERVICE", help="Its name.", show_default=False, autocompletion=complete_service)
+]
+Tenant = Annotated[
+    str,
+    typer.Option(
+        "--user",
+        metavar="ID",
+        help="The tenant. An account is made at first use.",
+        show_default=False,
+        autocompletion=complete_user,
+    ),
+]
+Command = Annotated[
+    list[str], typer.Argument(metavar="-- COMMAND...", help="Executed as it is; no shell.", show_default=False)
 ]
 Server = Annotated[
     str | None,

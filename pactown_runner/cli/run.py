@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .completing import complete_user
 from .messages import Ended, errors_told, write_json
 from .options import (
+    Command,
     Config,
     Cpu,
     Cwd,
@@ -18,6 +18,7 @@ from .options import (
     Pids,
     Raw,
     Stdin,
+    Tenant,
     UsersBase,
     environment_of,
     limits_of,
@@ -60,20 +61,9 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND...", help="Executed as it is; no shell.", show_default=False)
-    ],
+    command: Command,
     *,
-    user: Annotated[
-        str,
-        typer.Option(
-            "--user",
-            metavar="ID",
-            help="The tenant. An account is made at first use.",
-            show_default=False,
-            autocompletion=complete_user,
-        ),
-    ],
+    user: Tenant,
     service: Annotated[
         str | None,
         typer.Option(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .asking import EXIT_CODES, Ask
-from .completing import complete_user
 from .messages import FAILED, errors_told, say, typed, write_json
 from .options import (
+    Command,
     Config,
     Cpu,
     Cwd,
@@ -19,6 +19,7 @@ from .options import (
     Memory,
     Pids,
     Server,
+    Tenant,
     UsersBase,
     environment_of,
     limits_of,
@@ -55,20 +56,9 @@ def register(app: typer.Typer) -> None:
 
 
 def start(
-    command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND...", help="Executed as it is; no shell.", show_default=False)
-    ],
+    command: Command,
     *,
-    user: Annotated[
-        str,
-        typer.Option(
-            "--user",
-            metavar="ID",
-            help="The tenant. An account is made at first use.",
-            show_default=False,
-            autocompletion=complete_user,
-        ),
-    ],
+    user: Tenant,
     service: Annotated[
         str, typer.Option("--service", metavar="NAME", help="Names directory, cgroup and log.", show_default=False)
     ],
