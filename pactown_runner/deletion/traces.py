@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -100,8 +99,7 @@ def remove_homes(user: IsolatedUser, run_as: RunAs, *, kept: bool = False) -> No
     Raises: as `home_dirs.open_up_home` and `home_dirs.remove_home`.
     """
     homes = [] if kept else [user.home_dir]
-    with suppress(FileNotFoundError):
-        homes += [fresh.path for fresh in fresh_homes(user.home_dir.parent) if fresh.key == user.key]
+    homes += [fresh.path for fresh in fresh_homes(user.home_dir.parent) if fresh.key == user.key]
     for home in homes:
         # As far as the tenant can; what it could not shows then. One that never became its own is empty, or not ours.
         if open_up_home(home, user.linux_uid):
