@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .asking import EXIT_CODES, Ask
-from .completing import complete_user
-from .options import Config, JsonLines, Server, UsersBase
+from .options import Config, JsonLines, OfTenant, Server, UsersBase
 
 if TYPE_CHECKING:
     from ..client import Client
@@ -37,12 +36,7 @@ def register(app: typer.Typer) -> None:
 
 def events(
     *,
-    user: Annotated[
-        str | None,
-        typer.Option(
-            "--user", metavar="ID", help="Those of one tenant.", show_default=False, autocompletion=complete_user
-        ),
-    ] = None,
+    user: OfTenant = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", hidden=True)] = False,
     as_json: JsonLines = False,
     server: Server = None,

@@ -24,6 +24,7 @@ __all__ = [
     "Json",
     "JsonLines",
     "Memory",
+    "OfTenant",
     "Pids",
     "Raw",
     "Server",
@@ -56,6 +57,10 @@ Tenant = Annotated[
         show_default=False,
         autocompletion=complete_user,
     ),
+]
+OfTenant = Annotated[
+    str | None,
+    typer.Option("--user", metavar="ID", help="Those of one tenant.", show_default=False, autocompletion=complete_user),
 ]
 Command = Annotated[
     list[str], typer.Argument(metavar="-- COMMAND...", help="Executed as it is; no shell.", show_default=False)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .asking import EXIT_CODES, Ask
-from .completing import complete_user
 from .messages import say, typed, write_json
-from .options import Config, Grace, Json, Server, Service, User, UsersBase, Watch
+from .options import Config, Grace, Json, OfTenant, Server, Service, User, UsersBase, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -56,12 +55,7 @@ def _epilog(example: str) -> str:
 
 def ps(
     *,
-    user: Annotated[
-        str | None,
-        typer.Option(
-            "--user", metavar="ID", help="Those of one tenant.", show_default=False, autocompletion=complete_user
-        ),
-    ] = None,
+    user: OfTenant = None,
     watch: Watch = False,
     as_json: Json = False,
     server: Server = None,
