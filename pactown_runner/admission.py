@@ -10,6 +10,9 @@ never take it, and a sum would leave hosts idle. So limits may be overcommitted,
 and the supervisor, out of the kernel's choice whom to kill. Who wants the sum held caps it: `memory_max` in
 `tenant_limits`, and `max_sandboxes`. A `memory_reserve` of 0 says not to look at memory at all.
 
+What a spec leaves open, and what its tenant may take, is the tier's to say. Which one that is takes a look into the
+registry, some microseconds; while there is room for a sandbox of any tier it does not matter, and nobody looks.
+
 **Descriptors.** One that is missing half-way through a start, or an end, costs more than a refusal. So a sandbox is let
 in while there are enough for all that it may ever come to hold, and as many for each that runs.
 """
@@ -20,6 +23,8 @@ import contextlib
 import os
 import resource
 import time
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import psutil
 
@@ -47,19 +52,27 @@ MEMORY_AGE = 0.25
 class Admission:
     """Says whether one more sandbox fits on this host and into this process. For one event loop.
 
+    Args:
+        settings: those of the supervisor.
+        tier_of: tells the name of the tier of the user with an id, or None.
+
     Attributes:
         quota: what a tenant's own starts may claim, for `Registry.claim` and `register`.
         caps: the same for what starts by itself, such as services that come back: it costs no tenant a start.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tier_of: Callable[[str], str | None]) -> None:
         self.quota = _quotas(settings)
         self.caps = Quotas(
             _capped(self.quota.general), {name: _capped(own) for name, own in self.quota.of_tiers.items()}
         )
         self._reserve = settings.memory_reserve
-        self._default_limits = settings.default_limits
-        self._tenant_most = _memory_max(settings.tenant_limits)
+        self._tier_of = tier_of
+        self._memory = _Memory.of(settings)
+        self._memory_of_tiers = {tier.name: _Memory.of(settings, tier) for tier in settings.tiers}
+        every = (self._memory, *self._memory_of_tiers.values())
+        self._most_by_default = max(memory.most(None) for memory in every)
+        self._most_unlimited = max(memory.tenant or 0 for memory in every)
         self._available = 0
         self._read_at = float("-inf")
         # What is there besides sandboxes. Listed once: it costs microseconds each.
@@ -74,6 +87,7 @@ class Admission:
 
         Raises:
             AdmissionError: it does not, now.
+            RegistryError: the user's tier cannot be read.
         """
         self._check_descriptors(spec, running)
         if self._reserve:
@@ -93,11 +107,12 @@ class Admission:
             )
 
     def _check_memory(self, spec: SandboxSpec) -> None:
-        limits = self._default_limits if spec.limits is None else spec.limits
-        # It cannot take more than all of its tenant's together.
-        asked = [most for most in (_memory_max(limits), self._tenant_most) if most is not None]
-        most = min(asked, default=0)
-        if (available := self._memory_available()) < most + self._reserve:
+        available = self._memory_available()
+        if available >= self._most_in_any_tier(spec) + self._reserve:
+            return
+        memory = self._memory_of_tiers.get(self._tier_of(spec.user_id) or "", self._memory)
+        most = memory.most(spec.limits)
+        if available < most + self._reserve:
             wanted = f", and it may take {_mib(most)}" if most else ""
             raise AdmissionError(
                 f"cannot start {spec.service_id!r}: this host has {_mib(available)} of memory available, of which "
@@ -105,6 +120,12 @@ class Admission:
                 limit="memory_reserve",
                 remedy="stop others, or lower its memory_max, or memory_reserve in the settings",
             )
+
+    def _most_in_any_tier(self, spec: SandboxSpec) -> int:
+        if spec.limits is None:
+            return self._most_by_default
+        own = _memory_max(spec.limits)
+        return self._most_unlimited if own is None else own
 
     def _memory_available(self) -> int:
         now = time.monotonic()
@@ -140,6 +161,28 @@ def _quota_of(tier: Tier, general: Quota) -> Quota:
 def _capped(quota: Quota) -> Quota:
     """Without its rates."""
     return quota._replace(starts_per_minute=None, starts_per_hour=None)
+
+
+class _Memory(NamedTuple):
+    """Bytes of memory that limits let be taken; None for no limit."""
+
+    default: int | None
+    """By a sandbox whose spec gives no limits."""
+    tenant: int | None
+    """By all of its tenant's together."""
+
+    @classmethod
+    def of(cls, settings: Settings, tier: Tier | None = None) -> Self:
+        default, tenant = settings.default_limits, settings.tenant_limits
+        if tier is not None:
+            default = default if tier.default_limits is None else tier.default_limits
+            tenant = tenant if tier.tenant_limits is None else tier.tenant_limits
+        return cls(_memory_max(default), _memory_max(tenant))
+
+    def most(self, limits: Limits | None) -> int:
+        """What a sandbox with these limits may take, which is not more than its tenant may; 0 if that has no end."""
+        own = self.default if limits is None else _memory_max(limits)
+        return min((most for most in (own, self.tenant) if most is not None), default=0)
 
 
 def _mib(size: int) -> str:

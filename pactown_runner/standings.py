@@ -51,6 +51,16 @@ class Standings:
         """The standing of the user with this key."""
         return self._registry.standing(key)
 
+    def tier_of(self, user_id: str, registry: Registry | None = None) -> str | None:
+        """The name of the tier of the user with this id; None if it has none, or there is no such user.
+
+        Args:
+            registry: as in `default_limits`.
+        """
+        registry = registry or self._registry
+        row = registry.user(user_id)
+        return None if row is None else registry.standing(row.key).tier
+
     def default_limits(self, key: str, registry: Registry | None = None) -> Limits:
         """The limits of a sandbox of this user whose spec gives none.
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -175,7 +176,7 @@ class Supervisor:
             held.callback(work.close)
             self._held.push(held.pop_all())
         raise_descriptor_limit()
-        admission = Admission(settings)
+        admission = Admission(settings, partial(standings.tier_of, registry=quick))
         registry.index_for(admission.quota)
         return LoopHost(
             settings=settings,

@@ -89,7 +89,7 @@ def test_who_is_blocked_starts_nothing_and_nothing_of_it_comes_back(registry: Re
 
 def test_a_tier_caps_what_its_tenants_claim(registry: Registry, now: list[float]) -> None:
     tiers = (Tier(name="one", max_sandboxes=1, starts_per_hour=3), Tier(name="none", max_sandboxes=0))
-    quota = Admission(Settings(max_sandboxes_per_user=2, tiers=tiers)).quota
+    quota = Admission(Settings(max_sandboxes_per_user=2, tiers=tiers), lambda _: None).quota
     registry.claim(row("a"), quota)
     registry.claim(row("b"), quota)
     with pytest.raises(AdmissionError, match="2 may"):
@@ -113,7 +113,7 @@ def test_a_tier_caps_what_its_tenants_claim(registry: Registry, now: list[float]
 def test_who_has_a_tier_that_nobody_knows_starts_nothing(registry: Registry) -> None:
     registry.set_standing(KEY, Standing("gold"))
     with pytest.raises(AdmissionError, match="not known") as caught:
-        registry.claim(row(), Admission(Settings()).quota)
+        registry.claim(row(), Admission(Settings(), lambda _: None).quota)
     assert caught.value.limit == "tiers"
     assert registry.rows() == []
 
@@ -153,6 +153,12 @@ def test_limits_are_the_tiers_where_it_says_some(registry: Registry) -> None:
         standings.change(None, KEY, Standing("gold"))
     assert caught.value.remedy == "choose from own, plain"
     assert standings.of(KEY) == Standing()
+
+
+def test_a_tier_is_found_by_its_users_id(registry: Registry) -> None:
+    standings = Standings(Settings(), registry)
+    registry.set_standing(KEY, Standing("pro"))
+    assert [standings.tier_of(user_id) for user_id in (KEY, OTHER, "nobody")] == ["pro", None, None]
 
 
 SIZE = st.none() | st.integers(1 << 20, 1 << 30)
