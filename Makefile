@@ -2,7 +2,7 @@
 
 PY := .venv/bin/python
 # Only what holds Python: mypy refuses an empty directory.
-TYPED := $(foreach dir,cgroups pactown_runner tests benchmarks examples,$(if $(shell find $(dir) -name '*.py' 2>/dev/null),$(dir))) $(wildcard hatch_build.py)
+TYPED := $(foreach dir,cgroups pactown_runner tests benchmarks examples scripts,$(if $(shell find $(dir) -name '*.py' 2>/dev/null),$(dir))) $(wildcard hatch_build.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-kernel check format lint types layers bench clean
@@ -20,10 +20,10 @@ run: setup ## run the example: two tenants side by side
 # Without ARGS, which choose from the tests, also those that need a guest, where one can be had.
 test: check ## check, then every test that this machine can run
 	@$(PY) -m pytest $(ARGS)
-	@$(if $(ARGS),,$(PY) scripts/kernel_lane.py --if-possible)
+	@$(if $(ARGS),,$(PY) -m scripts.kernel_lane --if-possible)
 
 test-kernel: setup ## the tests that need cgroup v2 controllers, in a guest under QEMU; NATIVE=1: on this host
-	@$(PY) scripts/kernel_lane.py $(if $(NATIVE),--native) -- $(ARGS)
+	@$(PY) -m scripts.kernel_lane $(if $(NATIVE),--native) -- $(ARGS)
 
 check: lint types layers ## formatting, lint, types and layers
 

@@ -53,6 +53,7 @@ def test_blocks_do_what_they_say(path: Path, session: Session) -> None:
 
 
 @pytest.mark.kernel
+@pytest.mark.beside
 @pytest.mark.deadline(400)
 @pytest.mark.parametrize("path", WITH_LIMITS, ids=lambda path: path.stem)
 def test_limits_do_what_they_say(path: Path, session: Session) -> None:

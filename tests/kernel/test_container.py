@@ -19,7 +19,7 @@ import pytest
 from cgroups import find_mount
 from tests.supervising import ROOT, eventually
 
-pytestmark = [pytest.mark.kernel, pytest.mark.guest(boot=1), pytest.mark.deadline(300)]
+pytestmark = [pytest.mark.kernel, pytest.mark.beside, pytest.mark.guest(boot=1), pytest.mark.deadline(300)]
 
 NAME = "container-of-compose"
 SCOPE = Path(f"system.slice/docker-{NAME}.scope")

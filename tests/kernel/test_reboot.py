@@ -1,6 +1,6 @@
 """The units as `docs/operations.md` has them installed, and a service that survives a reboot of the host.
 
-In the guest only, which it reboots: `scripts/kernel_lane.py`. Both halves are whole tests; what the first one found
+In the guest only, which it reboots: `scripts/kernel_lane/`. Both halves are whole tests; what the first one found
 lies beside the lane's other results.
 """
 
@@ -22,7 +22,7 @@ from tests.supervising import ROOT, eventually
 if TYPE_CHECKING:
     from tests.hostguard import Run
 
-pytestmark = [pytest.mark.kernel, pytest.mark.deadline(300)]
+pytestmark = [pytest.mark.kernel, pytest.mark.beside, pytest.mark.deadline(300)]
 
 PREFIX = Path("/opt/pactown")
 FOUND = Path("/srv/results/before-the-reboot.json")

@@ -23,7 +23,7 @@ from tests.test_serving import ALWAYS, LAST_WORDS, LINES, PROGRAM, SLEEP
 if TYPE_CHECKING:
     from tests.hostguard import Run
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.beside]
 
 UNIT = ROOT / "deploy/pactown-runner.service"
 UNITS = Path("/run/systemd/system")
