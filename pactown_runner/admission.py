@@ -57,7 +57,7 @@ class Admission:
         tier_of: tells the name of the tier of the user with an id, or None.
 
     Attributes:
-        quota: what a tenant's own starts may claim, for `Registry.claim` and `register`.
+        quota: what a tenant's own starts may claim, for `SandboxTable.claim` and `ServiceTable.register`.
         caps: the same for what starts by itself, such as services that come back: it costs no tenant a start.
     """
 

@@ -164,7 +164,7 @@ class Course:
     async def forget(self) -> None:
         """It is not to come back with the next supervisor."""
         if self._registered and self.claim is not None:
-            await self._host.in_thread(self._host.registry.forget, *self.claim[:2])
+            await self._host.in_thread(self._host.registry.services.forget, *self.claim[:2])
 
     def feed_life(self, trigger: Trigger) -> Action | None:
         """Something happened to it. Raises `StateError` if it cannot have."""
@@ -181,7 +181,7 @@ class Course:
         given = {name: value for name, value in vars(limits).items() if value is not None}
         self.run = self.run._replace(spec=replace(spec, limits=replace(before, **given)))
         if self.run.kind == "service":
-            await self._host.in_thread(self._host.registry.update_spec, *self.claim, self.run.spec.to_json())
+            await self._host.in_thread(self._host.registry.sandboxes.update_spec, *self.claim, self.run.spec.to_json())
 
     def wrong_state(self) -> StateError:
         """What to say to those who want what it cannot do now."""
@@ -339,7 +339,7 @@ class Course:
         assert self.claim is not None
         run = self.run._replace(run_id=secrets.token_hex(8), started_at=time.time())
         registry, owner = self._host.registry, self._host.owner.owner_id
-        if not await self._host.in_thread(registry.restart, self.claim, owner, run.run_id, run.started_at):
+        if not await self._host.in_thread(registry.sandboxes.restart, self.claim, owner, run.run_id, run.started_at):
             raise TakenError(f"{self} belongs to another supervisor by now")
         self.run = run
         self.claim = (*self.claim[:2], run.run_id)

@@ -164,10 +164,10 @@ class Holdings:
         )
         admission = host.admission
         if claiming == "register":
-            registry.register(row, admission.quota)
-            undo.callback(registry.forget, row.key, row.service_id)
+            registry.services.register(row, admission.quota)
+            undo.callback(registry.services.forget, row.key, row.service_id)
         else:
-            registry.claim(row, admission.caps if claiming == "return" else admission.quota)
+            registry.sandboxes.claim(row, admission.caps if claiming == "return" else admission.quota)
         undo.callback(host.release, self.claim)
 
     @classmethod
@@ -192,7 +192,7 @@ class Holdings:
 
     def _stays_frozen(self, cgroup: Cgroup) -> bool:
         """Whether it is frozen, and not only for as long as its tenant is held."""
-        if not cgroup.frozen() or self._run.spec.service_id in self._host.registry.held_still(self.user.key):
+        if not cgroup.frozen() or self._run.spec.service_id in self._host.registry.holds.frozen(self.user.key):
             return False
         # The hold may have ended between these two looks.
         return cgroup.frozen()

@@ -70,7 +70,7 @@ class Host:
     def release(self, claim: Claim) -> None:
         """Give a run's name free, now or later; blocking. Nothing of the run is left."""
         try:
-            self.registry.release(*claim)
+            self.registry.sandboxes.release(*claim)
         except RegistryError as error:
             _log.error("cannot write down yet that run %s of %s has ended: %s", claim[2], claim[1], error)
             self.unfinished[claim] = None
@@ -96,7 +96,7 @@ class LoopHost(Host):
     async def release_soon(self, claim: Claim) -> None:
         """As `release`, from the loop: at once as a rule, in a thread where the registry has to be waited for."""
         try:
-            self.quick.release(*claim)
+            self.quick.sandboxes.release(*claim)
         except RegistryError:
             await self.in_thread(self.release, claim)
 

@@ -346,7 +346,7 @@ def _scope(host: Host, user: IsolatedUser, run_id: str) -> Iterator[Cgroup]:
     """A claimed scope; emptied, removed and released at the end."""
     name = job_name(run_id)
     claim = (user.key, name, run_id)
-    host.registry.claim(
+    host.registry.sandboxes.claim(
         SandboxRow(
             key=user.key,
             service_id=name,

@@ -96,7 +96,7 @@ class Purge:
     def plan(self) -> Plan:
         """Look at what there is; nothing is changed."""
         places = (self.settings.log_dir, self.settings.run_dir, self.settings.state_dir)
-        users = [row for row in self._registry.users() if self._is_there(row)] if self._registry else []
+        users = [row for row in self._registry.users.rows() if self._is_there(row)] if self._registry else []
         known = {row.username for row in users}
         base = str(self.settings.users_base)
         running = []
@@ -121,7 +121,7 @@ class Purge:
         if row.status != "deleted":
             return True
         assert self._registry is not None
-        removal = self._registry.removal(row.key)
+        removal = self._registry.users.removal(row.key)
         return removal is not None and not removal.delete_home and row.home.exists()
 
     def carry_out(self, plan: Plan) -> None:
@@ -179,8 +179,8 @@ class Purge:
                     with self._doing(f"sandbox {slice_.name}/{scope.name}"):
                         _end(scope)
         if self._registry is not None and not self.failed:
-            for row in self._registry.rows():
-                self._registry.release(row.key, row.service_id, row.run_id)
+            for row in self._registry.sandboxes.rows():
+                self._registry.sandboxes.release(row.key, row.service_id, row.run_id)
 
     def _remove_cgroups(self) -> None:
         for slice_ in self._slices():

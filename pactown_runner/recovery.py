@@ -64,7 +64,11 @@ def claim_left_behind(host: LoopHost, *, services: bool) -> list[Found]:
     Args:
         services: take services too, not only one-shot runs. Who will not stay to look after them leaves them alone.
     """
-    rows = [row for row in host.registry.rows() if row.owner != host.owner.owner_id and (services or row.kind == "run")]
+    rows = [
+        row
+        for row in host.registry.sandboxes.rows()
+        if row.owner != host.owner.owner_id and (services or row.kind == "run")
+    ]
     alive = {owner: host.owner.alive(owner) for owner in {row.owner for row in rows}}
     left = [row for row in rows if not alive[row.owner]]
     if not left:
@@ -72,7 +76,7 @@ def claim_left_behind(host: LoopHost, *, services: bool) -> list[Found]:
     scopes = {(scope.slice_name, scope.name): scope for scope in host.tree.scopes()}
     found = []
     for row in left:
-        if host.registry.take_over(row.key, row.service_id, row.run_id, row.owner, host.owner.owner_id):
+        if host.registry.sandboxes.take_over(row.key, row.service_id, row.run_id, row.owner, host.owner.owner_id):
             scope = scopes.get((slice_name(row.key), f"{row.service_id}.scope"))
             if scope is not None and scope.run_id != row.run_id:
                 scope = None
@@ -125,7 +129,7 @@ async def _end(host: LoopHost, key: str, service_id: str, run_id: str, *, keep: 
         # Before its record goes, which alone says what an export had frozen.
         await host.in_thread(thaw_held, host, key)
     if not keep:
-        await host.in_thread(host.registry.release, key, service_id, run_id)
+        await host.in_thread(host.registry.sandboxes.release, key, service_id, run_id)
 
 
 async def sweep(host: LoopHost) -> None:
@@ -152,7 +156,7 @@ async def write_down(host: LoopHost, claim: Claim) -> None:
         created_at=time.time(),
     )
     try:
-        await host.in_thread(host.registry.claim, row)
+        await host.in_thread(host.registry.sandboxes.claim, row)
     except (AlreadyRunningError, BlockedError, HeldError, NotFoundError):
         host.unwritten[claim] = time.monotonic()
         return
@@ -166,7 +170,7 @@ def forget_dead_owners(host: LoopHost) -> None:
     # In this order: an owner that is dead has made all the records that it ever will.
     dead = host.owner.dead_owners()
     if dead:
-        named = {row.owner for row in host.registry.rows()}
+        named = {row.owner for row in host.registry.sandboxes.rows()}
         for owner_id in set(dead) - named:
             host.owner.remove(owner_id)
     # By their FIFOs, not by their rows: a run without a row may wait for its output to be written down. Another
@@ -178,7 +182,7 @@ def forget_dead_owners(host: LoopHost) -> None:
 
 def _is_ours(host: LoopHost, key: str, service_id: str, run_id: str) -> bool:
     """Whether we still answer for it. If not, its name may be another run's by now."""
-    claimed = host.registry.row(key, service_id)
+    claimed = host.registry.sandboxes.row(key, service_id)
     return claimed is not None and (claimed.run_id, claimed.owner) == (run_id, host.owner.owner_id)
 
 
@@ -187,7 +191,7 @@ def _open_log(host: LoopHost, key: str, service_id: str, run_id: str) -> LogPump
     paths = LogPaths(host.settings.log_dir, host.settings.run_dir, key)
     if (service_id, run_id) not in paths.leftovers():
         return None
-    user_id = host.registry.key_holder(key) or ""
+    user_id = host.registry.users.key_holder(key) or ""
     pump = LogPump(
         paths=paths,
         user_id=user_id,
@@ -231,7 +235,7 @@ def _sweep(host: LoopHost) -> list[Claim]:
     outputs = {
         (key, *left) for key in keys for left in LogPaths(host.settings.log_dir, host.settings.run_dir, key).leftovers()
     }
-    rows = host.registry.rows()
+    rows = host.registry.sandboxes.rows()
     known = {(slice_name(row.key), f"{row.service_id}.scope") for row in rows}
     for scope in scopes:
         here = (scope.slice_name, scope.name)

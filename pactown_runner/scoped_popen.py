@@ -70,7 +70,7 @@ class ScopedPopens:
         name = f"run-{run_id}"
         claim = (user.key, name, run_id)
         with ExitStack() as undo:
-            host.registry.claim(self._row(user, name, run_id))
+            host.registry.sandboxes.claim(self._row(user, name, run_id))
             undo.callback(host.release, claim)
             scope = host.tree.scope(user.key, name, run_id)
             undo.callback(scope.close)

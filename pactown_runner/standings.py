@@ -49,7 +49,7 @@ class Standings:
 
     def of(self, key: str) -> Standing:
         """The standing of the user with this key."""
-        return self._registry.standing(key)
+        return self._registry.standings.get(key)
 
     def tier_of(self, user_id: str, registry: Registry | None = None) -> str | None:
         """The name of the tier of the user with this id; None if it has none, or there is no such user.
@@ -58,8 +58,8 @@ class Standings:
             registry: as in `default_limits`.
         """
         registry = registry or self._registry
-        row = registry.user(user_id)
-        return None if row is None else registry.standing(row.key).tier
+        row = registry.users.row(user_id)
+        return None if row is None else registry.standings.get(row.key).tier
 
     def default_limits(self, key: str, registry: Registry | None = None) -> Limits:
         """The limits of a sandbox of this user whose spec gives none.
@@ -70,7 +70,7 @@ class Standings:
         """
         if not self._limiting:
             return self._settings.default_limits
-        tier = self._tier((registry or self._registry).standing(key))
+        tier = self._tier((registry or self._registry).standings.get(key))
         return self._settings.default_limits if tier is None or tier.default_limits is None else tier.default_limits
 
     def tenant_limits(self, key: str) -> Limits:
@@ -97,7 +97,7 @@ class Standings:
         before = self.of(key)
         if tree is not None:
             tree.limit_tenant(key, succeeding(self._limits(before), self._limits(standing)))
-        self._registry.set_standing(key, standing)
+        self._registry.standings.set(key, standing)
         if tree is not None and (standing.blocked or before.blocked):
             tree.hold_still(key, standing.blocked)
 

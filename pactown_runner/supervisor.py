@@ -177,7 +177,7 @@ class Supervisor:
             self._held.push(held.pop_all())
         raise_descriptor_limit()
         admission = Admission(settings, partial(standings.tier_of, registry=quick))
-        registry.index_for(admission.quota)
+        registry.sandboxes.index_for(admission.quota)
         return LoopHost(
             settings=settings,
             registry=registry,
@@ -519,7 +519,7 @@ class Supervisor:
 
     async def _bring_back(self, host: LoopHost) -> None:
         """Start registered services that nobody runs: after a restart of the supervisor, or of the host."""
-        for row in await host.in_thread(host.registry.absent_services):
+        for row in await host.in_thread(host.registry.services.absent):
             try:
                 spec = SandboxSpec.from_json(row.spec)
             except SpecError as error:

@@ -62,7 +62,7 @@ class Users:
             SpecError: the id is malformed.
             RegistryError: see `Registry`.
         """
-        row = self._registry.user(check_user_id(saas_user_id))
+        row = self._registry.users.row(check_user_id(saas_user_id))
         return row.user() if row and row.status == "ready" else None
 
     def get_or_create(self, saas_user_id: str) -> IsolatedUser:
@@ -77,7 +77,7 @@ class Users:
             StateError: the user is being removed.
             RegistryError: see `Registry`.
         """
-        row = self._registry.user(check_user_id(saas_user_id))
+        row = self._registry.users.row(check_user_id(saas_user_id))
         if row is None or row.status != "ready":
             self._check_quotas()
             row = self._make(saas_user_id)
@@ -140,14 +140,14 @@ class Users:
             NotFoundError: there is no such user.
             StateError: something of this user's is meant to be alive.
         """
-        return self._registry.begin_removal(self._present(saas_user_id), removal).user()
+        return self._registry.users.begin_removal(self._present(saas_user_id), removal).user()
 
     def removal(self, user: IsolatedUser) -> Removal:
         """What is to become of the data of a user whose removal has begun."""
-        return self._registry.removal(user.key) or Removal()
+        return self._registry.users.removal(user.key) or Removal()
 
     def _present(self, saas_user_id: str) -> UserRow:
-        row = self._registry.user(check_user_id(saas_user_id))
+        row = self._registry.users.row(check_user_id(saas_user_id))
         if row is None or row.status == "deleted":
             raise NotFoundError(f"there is no user {saas_user_id!r}")
         return row
@@ -165,7 +165,7 @@ class Users:
             StateError: its removal has not begun, or somebody else ended it.
         """
         with self._lock():
-            row = self._registry.user(user.saas_user_id)
+            row = self._registry.users.row(user.saas_user_id)
             if row is None or row.status != "deleting":
                 raise StateError(
                     f"cannot delete the account {user.linux_username}: its removal has not begun",
@@ -174,19 +174,19 @@ class Users:
             if not row.virtual:
                 self._quotas.lift(self._users_base, row.uid)
                 self._accounts.delete(row)
-            self._registry.tombstone(row)
+            self._registry.users.tombstone(row)
 
     def unfinished_removals(self) -> builtins.list[IsolatedUser]:
         """Users whose removal has begun and not ended: another process is at it, or one was, and died."""
-        return [row.user() for row in self._registry.users("deleting")]
+        return [row.user() for row in self._registry.users.rows("deleting")]
 
     def list(self) -> builtins.list[IsolatedUser]:
         """All users, in the order in which they were first made."""
-        return [row.user() for row in self._registry.users("ready")]
+        return [row.user() for row in self._registry.users.rows("ready")]
 
     def _make(self, saas_user_id: str) -> UserRow:
         with self._lock():
-            row = self._registry.user(saas_user_id) or self._reserve(saas_user_id)
+            row = self._registry.users.row(saas_user_id) or self._reserve(saas_user_id)
             self._check_mode(row)
             if row.status == "deleting":
                 raise StateError(
@@ -194,37 +194,37 @@ class Users:
                     remedy="wait for it; if that was interrupted, remove the user again",
                 )
             if row.status == "deleted":
-                row = self._registry.revive(row, time.time())
+                row = self._registry.users.revive(row, time.time())
             if row.status == "creating":
-                removal = self._registry.removal(row.key)
+                removal = self._registry.users.removal(row.key)
                 kept = removal is not None and not removal.delete_home
                 if self.root_mode:
                     if self._accounts.clashes(row):
                         if kept:
                             self._accounts.check_ours(row)
                         # Since the row was written, before a crash perhaps, somebody else took the login or the uid.
-                        row = self._registry.reassign(row, self._choose(saas_user_id))
+                        row = self._registry.users.reassign(row, self._choose(saas_user_id))
                     self._accounts.create(row)
                 make_home(self._users_base, row.username, row.uid, row.gid, kept=kept)
                 if self.root_mode:
                     self._quotas.hold(row.home, row.uid, anew=True)
-                row = self._registry.mark_ready(row)
+                row = self._registry.users.mark_ready(row)
             return row
 
     def _reserve(self, saas_user_id: str) -> UserRow:
         row = self._choose(saas_user_id)
-        if not self._registry.add_user(row):
+        if not self._registry.users.add(row):
             raise StateError(f"cannot make user {row.username}: somebody changes the registry without the lock")
         return row
 
     def _choose(self, saas_user_id: str) -> UserRow:
         for key in keys_of(saas_user_id):
             name = PREFIX + key
-            if self._registry.key_holder(key) not in (None, saas_user_id):
+            if self._registry.users.key_holder(key) not in (None, saas_user_id):
                 continue
             if self.root_mode and self._accounts.knows(name):
                 continue
-            uid = self._accounts.free_uid(self._registry.unused_uids) if self.root_mode else os.geteuid()
+            uid = self._accounts.free_uid(self._registry.users.unused_uids) if self.root_mode else os.geteuid()
             return UserRow(
                 saas_id=saas_user_id,
                 key=key,

@@ -119,7 +119,7 @@ def leftovers(settings: Settings) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
             found += [str(path) for path in directory.iterdir()]
     with Registry(settings.state_dir / "registry.db") as registry:
-        found += [f"row {row.key}/{row.service_id}" for row in registry.rows()]
+        found += [f"row {row.key}/{row.service_id}" for row in registry.sandboxes.rows()]
     return found
 
 

@@ -45,7 +45,7 @@ def accounts(users_base: Path, test_run: hostguard.Run, cleanup: None) -> Accoun
 
 
 def not_in(*used: int) -> Callable[[int, int], Iterator[range]]:
-    """As `Registry.unused_uids` of a registry that has these."""
+    """As `UserTable.unused_uids` of a registry that has these."""
 
     def unused(first: int, last: int) -> Iterator[range]:
         above = max((uid + 1 for uid in used if first <= uid <= last), default=first)

@@ -250,8 +250,8 @@ async def _look(settings: Settings, wreck: Wreck, outputs: Outputs, cycle: int) 
             await eventually(partial(_runs, sandbox))
         with Registry(settings.state_dir / "registry.db") as registry:
             # A removal that was cut short goes on in a thread; the last that goes is the slice.
-            await eventually(lambda: not registry.users("deleting"))
-            users = registry.users()
+            await eventually(lambda: not registry.users.rows("deleting"))
+            users = registry.users.rows()
             slices = {f"pactown-{row.key}.slice" for row in users if row.status == "deleted"}
             await eventually(lambda: not slices & {path.name for path in tree(settings)})
         _check_users(settings, wreck, users)
@@ -282,7 +282,7 @@ def _check_users(settings: Settings, wreck: Wreck, users: Collection[UserRow]) -
 def _check_tree(settings: Settings, there: Collection[Name], users: Collection[UserRow]) -> None:
     keys = {row.key: row.saas_id for row in users}
     with Registry(settings.state_dir / "registry.db") as registry:
-        rows = registry.rows()
+        rows = registry.sandboxes.rows()
     assert {(keys[row.key], row.service_id) for row in rows} == set(there)
     scopes = list((find_mount().path / settings.cgroup_slice).glob("*/*.scope"))
     for path in scopes:

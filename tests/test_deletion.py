@@ -199,7 +199,7 @@ async def test_nothing_that_carries_the_uid_is_left(
     assert carried(other.linux_uid, test_run.claim) == before
     assert queue_exists(f"{test_run.name}-b")
     assert (await supervisor.users.get(own), await supervisor.users.get(other_id)) == (None, other)
-    assert host.registry.rows() == []
+    assert host.registry.sandboxes.rows() == []
 
     assert await delete(host, other_id) == other
     await eventually(lambda: keys_of(other.linux_uid) == [])
@@ -269,7 +269,7 @@ async def test_what_others_have_in_a_home_is_left_and_named(supervisor: Supervis
         await delete(host, own)
     assert (user.home_dir / "roots/file").exists()
     assert pwd.getpwnam(user.linux_username).pw_uid == user.linux_uid
-    assert host.registry.rows() == []
+    assert host.registry.sandboxes.rows() == []
     with pytest.raises(StateError, match="being removed"):
         await supervisor.start(spec("true", user=own))
     hostsweep.remove_file(user.home_dir / "roots")
@@ -298,7 +298,7 @@ async def test_a_removal_can_be_given_up_and_is_finished_later(
     with pytest.raises(StateError, match="given up"):
         await soon(work)
     assert processes_of(user.linux_uid) == {}
-    assert host.registry.rows() == []
+    assert host.registry.sandboxes.rows() == []
     assert await asyncio.to_thread(lambda: finish_removals(host, give_up=give_up)) == []
     monkeypatch.undo()
     assert await asyncio.to_thread(finish_removals, host) == [user]
@@ -350,13 +350,13 @@ async def test_two_removals_of_one_user_do_not_meet(
     user = await make(supervisor, own)
     host.users.begin_removal(own)
     row = SandboxRow(user.key, REMOVAL, "r", host.owner.owner_id, "run", "{}", "/", 1.0)
-    host.registry.claim_removal(row)
+    host.registry.sandboxes.claim_removal(row)
     with pytest.raises((StateError, AlreadyRunningError)):
         await delete(host, own)
     assert await asyncio.to_thread(finish_removals, host) == []
     assert caplog.text == ""
     assert user.home_dir.exists()
-    host.registry.release(user.key, REMOVAL, "r")
+    host.registry.sandboxes.release(user.key, REMOVAL, "r")
     assert await asyncio.to_thread(finish_removals, host) == [user]
 
 
@@ -446,8 +446,8 @@ async def test_a_kept_home_is_not_given_to_somebody_else(
 # ---- Crashes
 
 POINTS = {
-    "begun": "after(Registry, 'begin_removal')",
-    "claimed": "after(Registry, 'claim_removal')",
+    "begun": "after(UserTable, 'begin_removal')",
+    "claimed": "after(SandboxTable, 'claim_removal')",
     "slice": "after(removal._Work, 'end_slice')",
     "helper": "after(removal, 'launch_popen', lambda spec, *rest: 'find' in spec.argv[2])",
     "processes": "after(traces, '_end_processes')",
@@ -457,7 +457,7 @@ POINTS = {
     "home": "after(traces, 'remove_home')",
     "logs": "after(removal._Work, 'remove_logs')",
     "userdel": "after(accounts, '_run', lambda command: command[0] == 'userdel')",
-    "tombstone": "after(Registry, 'tombstone')",
+    "tombstone": "after(UserTable, 'tombstone')",
 }
 
 KEEP_POINTS = {"kept": "after(removal, 'keep_home')", "chmod": "after(os, 'fchmod')", **POINTS}
@@ -468,7 +468,8 @@ CRASH = """
 import signal
 from pactown_runner import accounts, deletion
 from pactown_runner.deletion import removal, traces
-from pactown_runner.registry import Registry
+from pactown_runner.registry.sandboxes import SandboxTable
+from pactown_runner.registry.users import UserTable
 
 def after(place, name, when=lambda *arguments: True):
     real = getattr(place, name)
@@ -496,7 +497,7 @@ async def crash(child: Start, point: str, user_id: str, run: Run, **options: boo
 
 
 def statuses(registry: Registry) -> list[str]:
-    return [row.status for row in registry.users()]
+    return [row.status for row in registry.users.rows()]
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -509,12 +510,12 @@ async def test_killed_at_any_step_it_is_finished_by_the_next(
         registry = supervisor._host.registry
         # Every supervisor does that when it starts.
         await eventually(lambda: statuses(registry) == ["deleted"])
-        user = registry.users()[0].user()
+        user = registry.users.rows()[0].user()
         assert carried(user.linux_uid, test_run.claim) == []
         assert not user.home_dir.exists()
         assert not Path(LogPaths(settings.log_dir, settings.run_dir, user.key).tenant_dir).exists()
         assert list(hostsweep.accounts(test_run.claim)) == []
-        assert supervisor._host.registry.rows() == []
+        assert supervisor._host.registry.sandboxes.rows() == []
         again = await make(supervisor, own)
         assert again.linux_uid == user.linux_uid
 
@@ -528,7 +529,7 @@ async def test_killed_at_any_step_it_keeps_the_home_that_was_to_be_kept(
         assert supervisor._host is not None
         registry = supervisor._host.registry
         await eventually(lambda: statuses(registry) == ["deleted"])
-        (row,) = supervisor._host.registry.users()
+        (row,) = supervisor._host.registry.users.rows()
         assert carried(row.uid, test_run.claim) == []
         assert row.home.stat().st_uid == 0
         assert len(list((row.home / "deep").iterdir())) == 201

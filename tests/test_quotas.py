@@ -55,7 +55,7 @@ def test_a_limit_that_would_not_be_enforced_is_an_error_and_makes_nothing(
         with pytest.raises(LimitsError, match="does not hold users to disk quotas: it has none") as caught:
             Users(settings, registry).get_or_create(USER)
         assert "with usrquota; or set neither tenant_disk_max" in str(caught.value.remedy)
-        assert registry.user(USER) is None
+        assert registry.users.row(USER) is None
         assert list(hostsweep.accounts(test_run.claim)) == []
         assert not settings.users_base.exists()
         # Whom there is already is not let go on either, but can be looked at and removed.

@@ -136,9 +136,9 @@ async def test_a_start_that_came_too_early_does_not_hide_what_is_taken_over(
     starting = asyncio.create_task(supervisor.start(spec(SLEEP)))
     await asyncio.to_thread(arrived.wait, PATIENCE)
     with Registry(supervisor.settings.state_dir / "registry.db") as registry:
-        (before,) = registry.rows()
+        (before,) = registry.sandboxes.rows()
         await process.killed()
-        await eventually(lambda: registry.rows()[0].owner != before.owner)
+        await eventually(lambda: registry.sandboxes.rows()[0].owner != before.owner)
     go_on.set()
     with pytest.raises(AlreadyRunningError):
         await soon(starting)
@@ -296,8 +296,8 @@ async def work(supervisor):
     await process.line()
     await process.killed()
     with Registry(settings.state_dir / "registry.db") as registry:
-        (row,) = [row for row in registry.rows() if row.service_id == "bad"]
-        registry.update_spec(row.key, row.service_id, row.run_id, '{"of": "another version"}')
+        (row,) = [row for row in registry.sandboxes.rows() if row.service_id == "bad"]
+        registry.sandboxes.update_spec(row.key, row.service_id, row.run_id, '{"of": "another version"}')
     with caplog.at_level(logging.ERROR):
         async with Supervisor(settings=settings) as supervisor:
             assert [sandbox.service_id for sandbox in supervisor.list()] == ["good"]
@@ -331,7 +331,7 @@ async def test_of_several_servers_one_takes_it(settings: Settings, child: Start)
 
         def owner() -> str:
             with Registry(settings.state_dir / "registry.db") as registry:
-                return registry.rows()[0].owner
+                return registry.sandboxes.rows()[0].owner
 
         first = owner()
         await eventually(lambda: owner() != first or owned())
@@ -408,8 +408,8 @@ async def work(supervisor):
 """
 
 POINTS = {
-    "before the claim": "before(registry.Registry, 'claim')",
-    "after the claim": "after(registry.Registry, 'claim')",
+    "before the claim": "before(registry.sandboxes.SandboxTable, 'claim')",
+    "after the claim": "after(registry.sandboxes.SandboxTable, 'claim')",
     "after the slice": "after(trees.Tree, '_make_slice')",
     "before the slice is marked": "before(cgroups.Cgroup, 'mark')",
     "before the cgroup is marked": "before(cgroups.Cgroup, 'mark', 'pactown.run')",

@@ -20,7 +20,17 @@ import pytest
 
 from pactown_runner.database import BusyError, Database, private_dir
 from pactown_runner.errors import AdmissionError, AlreadyRunningError, NotFoundError, RegistryError, StateError
-from pactown_runner.registry import HOLD, ClaimedError, HeldError, Quota, Registry, SandboxRow, ServiceRow, UserRow
+from pactown_runner.registry import (
+    HOLD,
+    ClaimedError,
+    HeldError,
+    Quota,
+    Quotas,
+    Registry,
+    SandboxRow,
+    ServiceRow,
+    UserRow,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,8 +74,8 @@ def registry(path: Path) -> Iterator[Registry]:
 
 @pytest.fixture
 def ready(registry: Registry) -> UserRow:
-    assert registry.add_user(user_row())
-    return registry.mark_ready(user_row())
+    assert registry.users.add(user_row())
+    return registry.users.mark_ready(user_row())
 
 
 def service_row(service_id: str = "api", created_at: float = 1700000001.5) -> ServiceRow:
@@ -118,7 +128,7 @@ def test_directory_and_files_are_private_whatever_the_umask(path: Path) -> None:
     before = os.umask(0)
     try:
         with Registry(path) as registry:
-            registry.add_user(user_row())
+            registry.users.add(user_row())
             modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
     finally:
         os.umask(before)
@@ -227,17 +237,17 @@ def old(path: Path) -> Path:
 def test_what_an_earlier_version_wrote_is_kept_and_can_do_more(old: Path) -> None:
     with Registry(old) as registry:
         assert registry.state_id == "0123456789abcdef0123456789abcdef"
-        user, gone = registry.users()
+        user, gone = registry.users.rows()
         assert user == replace(user_row("auth:1"), status="ready")
         assert (gone.saas_id, gone.status, gone.home) == ("gone", "deleted", Path("/x"))
-        assert registry.rows() == [sandbox_row()]
-        assert registry.absent_services() == []
+        assert registry.sandboxes.rows() == [sandbox_row()]
+        assert registry.services.absent() == []
         with pytest.raises(ClaimedError, match="o1"):
-            registry.claim(sandbox_row())
-        registry.register(sandbox_row("web"), Quota(5, 5, 5))
-        assert registry.release(user.key, "api", "r1")
+            registry.sandboxes.claim(sandbox_row())
+        registry.services.register(sandbox_row("web"), Quotas(Quota(5, 5, 5)))
+        assert registry.sandboxes.release(user.key, "api", "r1")
     with Registry(old) as again:
-        assert [row.service_id for row in again.rows()] == ["web"]
+        assert [row.service_id for row in again.sandboxes.rows()] == ["web"]
 
 
 def test_many_processes_migrate_one_file_once(old: Path) -> None:
@@ -248,7 +258,7 @@ from pactown_runner.registry import Registry
 print("ready", flush=True)
 sys.stdin.readline()
 with Registry(Path(sys.argv[1])) as registry:
-    print(len(registry.users()), len(registry.absent_services()))
+    print(len(registry.users.rows()), len(registry.services.absent()))
 """
     children = [started(script, str(old)) for _ in range(4)]
     for child in children:
@@ -271,7 +281,7 @@ def test_a_migration_that_fails_changes_nothing(old: Path) -> None:
     with pytest.raises(RegistryError, match="no such table"):
         Database(old, 0x50414354, [V1, ("CREATE TABLE more (x)", "DROP TABLE never_there")])
     with Registry(old) as registry:
-        assert registry.rows() == [sandbox_row()]
+        assert registry.sandboxes.rows() == [sandbox_row()]
         with registry._database as db:
             assert db.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'more'").fetchone() == (0,)
 
@@ -296,7 +306,7 @@ def test_file_that_is_no_database_is_refused(path: Path) -> None:
 
 def test_corrupt_pages_are_refused(path: Path, registry: Registry) -> None:
     for number in range(200):
-        registry.add_user(user_row(f"id{number}", f"{number:08x}", 64100 + number))
+        registry.users.add(user_row(f"id{number}", f"{number:08x}", 64100 + number))
     registry.close()
     with path.open("r+b") as file:
         file.seek(3 * 4096)
@@ -309,7 +319,7 @@ def test_close_is_final_and_harmless_twice(registry: Registry) -> None:
     registry.close()
     registry.close()
     with pytest.raises(RegistryError, match="closed database"):
-        registry.users()
+        registry.users.rows()
 
 
 def test_a_forked_child_is_told(path: Path) -> None:
@@ -322,11 +332,11 @@ registry = Registry(Path(sys.argv[1]))
 child = os.fork()
 if child == 0:
     try:
-        registry.users()
+        registry.users.rows()
     except RegistryError as error:
         os._exit(7 if "parent process" in str(error) else 8)
     os._exit(9)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(registry.users()))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(registry.users.rows()))
 registry.close()
 """
     assert run_python(script, str(path)).split() == ["7", "0"]
@@ -399,13 +409,13 @@ IDS = [
 
 def test_ids_come_back_byte_for_byte_after_reopening(path: Path, registry: Registry) -> None:
     for number, saas_id in enumerate(IDS):
-        assert registry.add_user(user_row(saas_id, f"{number:08x}", 64100 + number))
+        assert registry.users.add(user_row(saas_id, f"{number:08x}", 64100 + number))
     registry.close()
     with Registry(path) as again:
-        assert [row.saas_id for row in again.users()] == IDS
+        assert [row.saas_id for row in again.users.rows()] == IDS
         for number, saas_id in enumerate(IDS):
-            assert again.user(saas_id) == user_row(saas_id, f"{number:08x}", 64100 + number)
-        assert again.user("E") is None
+            assert again.users.row(saas_id) == user_row(saas_id, f"{number:08x}", 64100 + number)
+        assert again.users.row("E") is None
 
 
 @pytest.mark.parametrize(
@@ -414,46 +424,46 @@ def test_ids_come_back_byte_for_byte_after_reopening(path: Path, registry: Regis
 def test_nothing_is_given_twice(registry: Registry, taken: dict[str, str | int]) -> None:
     free = user_row("auth0|2", "bbbbbbbb", 64101)
     first = user_row()
-    assert registry.add_user(first)
+    assert registry.users.add(first)
     clash = replace(free, **{name: getattr(first, name) for name in taken})
-    assert not registry.add_user(clash)
-    assert registry.users() == [first]
-    assert registry.add_user(free)
+    assert not registry.users.add(clash)
+    assert registry.users.rows() == [first]
+    assert registry.users.add(free)
 
 
 def test_virtual_users_share_a_uid(registry: Registry) -> None:
-    assert registry.add_user(user_row("a", "aaaaaaaa", 1000, virtual=True))
-    assert registry.add_user(user_row("b", "bbbbbbbb", 1000, virtual=True))
-    assert registry.used_uids() == set()
+    assert registry.users.add(user_row("a", "aaaaaaaa", 1000, virtual=True))
+    assert registry.users.add(user_row("b", "bbbbbbbb", 1000, virtual=True))
+    assert registry.users.used_uids() == set()
 
 
 def test_tombstones_keep_key_and_uid(registry: Registry, ready: UserRow) -> None:
     with pytest.raises(StateError):
-        registry.tombstone(ready)  # only after begin_removal
-    registry.tombstone(registry.begin_removal(ready))
-    assert registry.users("ready", "creating", "deleting") == []
-    assert registry.key_holder(ready.key) == ready.saas_id
-    assert registry.used_uids() == {ready.uid}
-    assert not registry.add_user(user_row("other", ready.key, 64101))
-    assert not registry.add_user(user_row("other", "bbbbbbbb", ready.uid))
+        registry.users.tombstone(ready)  # only after begin_removal
+    registry.users.tombstone(registry.users.begin_removal(ready))
+    assert registry.users.rows("ready", "creating", "deleting") == []
+    assert registry.users.key_holder(ready.key) == ready.saas_id
+    assert registry.users.used_uids() == {ready.uid}
+    assert not registry.users.add(user_row("other", ready.key, 64101))
+    assert not registry.users.add(user_row("other", "bbbbbbbb", ready.uid))
     with pytest.raises(StateError):
-        registry.mark_ready(ready)
+        registry.users.mark_ready(ready)
     with pytest.raises(StateError):
-        registry.begin_removal(ready)
+        registry.users.begin_removal(ready)
 
 
 def test_revived_user_has_its_own_key_and_uid(registry: Registry, ready: UserRow) -> None:
-    gone = registry.tombstone(registry.begin_removal(ready))
-    revived = registry.revive(gone, 1800000000.0)
+    gone = registry.users.tombstone(registry.users.begin_removal(ready))
+    revived = registry.users.revive(gone, 1800000000.0)
     assert revived == replace(gone, status="creating", created_at=1800000000.0)
-    assert registry.user(ready.saas_id) == revived
+    assert registry.users.row(ready.saas_id) == revived
 
 
 def test_users_are_durable_and_claims_are_not_slowed(registry: Registry, path: Path) -> None:
     seen = statements(registry)
-    registry.add_user(user_row())
-    registry.mark_ready(user_row())
-    registry.claim(sandbox_row())
+    registry.users.add(user_row())
+    registry.users.mark_ready(user_row())
+    registry.sandboxes.claim(sandbox_row())
     words = [statement.split()[0] + statement[-6:] for statement in seen]
     full, normal = "PRAGMA= FULL", "PRAGMANORMAL"
     assert words[0] == full
@@ -466,19 +476,19 @@ def test_users_are_durable_and_claims_are_not_slowed(registry: Registry, path: P
 
 
 def unused(registry: Registry, first: int, last: int) -> list[int]:
-    return [uid for uids in registry.unused_uids(first, last) for uid in uids]
+    return [uid for uids in registry.users.unused_uids(first, last) for uid in uids]
 
 
 def test_unused_uids_are_those_above_and_then_the_gaps(registry: Registry) -> None:
     assert unused(registry, 5, 8) == [5, 6, 7, 8]
     for number, uid in enumerate((7, 10, 11, 14, 100)):
-        assert registry.add_user(user_row(f"id{number}", f"{number:08x}", uid))
-    registry.add_user(user_row("virtual", "ffffffff", 15, virtual=True))
+        assert registry.users.add(user_row(f"id{number}", f"{number:08x}", uid))
+    registry.users.add(user_row("virtual", "ffffffff", 15, virtual=True))
     assert unused(registry, 5, 16) == [15, 16, 5, 6, 8, 9, 12, 13]
     assert unused(registry, 7, 14) == [8, 9, 12, 13]
     assert unused(registry, 10, 11) == unused(registry, 100, 100) == []
     assert unused(registry, 101, 102) == [101, 102]
-    assert next(registry.unused_uids(10, 11)) == range(12, 12)
+    assert next(registry.users.unused_uids(10, 11)) == range(12, 12)
 
 
 def steps(registry: Registry, action: Callable[[], object]) -> int:
@@ -499,13 +509,13 @@ def steps(registry: Registry, action: Callable[[], object]) -> int:
 
 
 def test_the_next_uid_costs_the_same_however_many_there_are(registry: Registry) -> None:
-    registry.add_user(user_row("first", "ffffffff", 1000))
-    before = steps(registry, lambda: next(registry.unused_uids(1000, 9000)))
+    registry.users.add(user_row("first", "ffffffff", 1000))
+    before = steps(registry, lambda: next(registry.users.unused_uids(1000, 9000)))
     for number in range(300):
-        registry.add_user(user_row(f"id{number}", f"{number:08x}", 1001 + number))
-    after = steps(registry, lambda: next(registry.unused_uids(1000, 9000)))
+        registry.users.add(user_row(f"id{number}", f"{number:08x}", 1001 + number))
+    after = steps(registry, lambda: next(registry.users.unused_uids(1000, 9000)))
     assert before == after
-    assert steps(registry, registry.used_uids) > 300  # such a look is seen
+    assert steps(registry, registry.users.used_uids) > 300  # such a look is seen
 
 
 # Sandboxes ---
@@ -513,105 +523,105 @@ def test_the_next_uid_costs_the_same_however_many_there_are(registry: Registry) 
 
 def test_claim_and_release(registry: Registry, ready: UserRow) -> None:
     row = sandbox_row()
-    registry.claim(row)
-    assert registry.row(ready.key, "api") == row
-    assert registry.rows() == registry.rows("o1") == registry.rows(key=ready.key) == [row]
-    assert registry.rows("o2") == registry.rows(key="bbbbbbbb") == []
+    registry.sandboxes.claim(row)
+    assert registry.sandboxes.row(ready.key, "api") == row
+    assert registry.sandboxes.rows() == registry.sandboxes.rows("o1") == registry.sandboxes.rows(key=ready.key) == [row]
+    assert registry.sandboxes.rows("o2") == registry.sandboxes.rows(key="bbbbbbbb") == []
     with pytest.raises(ClaimedError, match="o1") as caught:
-        registry.claim(sandbox_row(run_id="r2", owner="o2"))
+        registry.sandboxes.claim(sandbox_row(run_id="r2", owner="o2"))
     assert isinstance(caught.value, AlreadyRunningError)
     assert (caught.value.owner, caught.value.run_id) == ("o1", "r1")
-    registry.claim(sandbox_row("web", run_id="r3"))
-    assert not registry.release(ready.key, "api", "r2")
-    assert registry.release(ready.key, "api", "r1")
-    assert not registry.release(ready.key, "api", "r1")
-    assert [row.service_id for row in registry.rows()] == ["web"]
+    registry.sandboxes.claim(sandbox_row("web", run_id="r3"))
+    assert not registry.sandboxes.release(ready.key, "api", "r2")
+    assert registry.sandboxes.release(ready.key, "api", "r1")
+    assert not registry.sandboxes.release(ready.key, "api", "r1")
+    assert [row.service_id for row in registry.sandboxes.rows()] == ["web"]
 
 
 def test_claim_needs_a_ready_user(registry: Registry) -> None:
     with pytest.raises(NotFoundError):
-        registry.claim(sandbox_row())
-    registry.add_user(user_row())
+        registry.sandboxes.claim(sandbox_row())
+    registry.users.add(user_row())
     with pytest.raises(NotFoundError):
-        registry.claim(sandbox_row())
-    ready = registry.mark_ready(user_row())
-    registry.begin_removal(ready)
+        registry.sandboxes.claim(sandbox_row())
+    ready = registry.users.mark_ready(user_row())
+    registry.users.begin_removal(ready)
     with pytest.raises(NotFoundError):
-        registry.claim(sandbox_row())
-    assert registry.rows() == []
+        registry.sandboxes.claim(sandbox_row())
+    assert registry.sandboxes.rows() == []
 
 
 def test_removal_waits_for_the_last_sandbox(registry: Registry, ready: UserRow) -> None:
-    registry.claim(sandbox_row())
+    registry.sandboxes.claim(sandbox_row())
     with pytest.raises(StateError, match="something runs"):
-        registry.begin_removal(ready)
-    assert registry.user(ready.saas_id) == ready
-    registry.release(ready.key, "api", "r1")
-    registry.begin_removal(ready)
+        registry.users.begin_removal(ready)
+    assert registry.users.row(ready.saas_id) == ready
+    registry.sandboxes.release(ready.key, "api", "r1")
+    registry.users.begin_removal(ready)
 
 
 def test_take_over_is_compare_and_swap(registry: Registry, ready: UserRow) -> None:
-    registry.claim(sandbox_row())
-    assert not registry.take_over(ready.key, "api", "r1", "o9", "o2")
-    assert not registry.take_over(ready.key, "api", "r9", "o1", "o2")
+    registry.sandboxes.claim(sandbox_row())
+    assert not registry.sandboxes.take_over(ready.key, "api", "r1", "o9", "o2")
+    assert not registry.sandboxes.take_over(ready.key, "api", "r9", "o1", "o2")
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda n: registry.take_over(ready.key, "api", "r1", "o1", f"new{n}"), range(8)))
+        won = list(pool.map(lambda n: registry.sandboxes.take_over(ready.key, "api", "r1", "o1", f"new{n}"), range(8)))
     assert sum(won) == 1
-    assert registry.rows()[0].owner == f"new{won.index(True)}"
+    assert registry.sandboxes.rows()[0].owner == f"new{won.index(True)}"
 
 
 def test_update_spec_is_this_runs_only(registry: Registry, ready: UserRow) -> None:
-    registry.claim(sandbox_row())
-    assert not registry.update_spec(ready.key, "api", "r2", "{}")
-    assert registry.update_spec(ready.key, "api", "r1", "{}")
-    assert registry.rows() == [replace(sandbox_row(), spec="{}")]
+    registry.sandboxes.claim(sandbox_row())
+    assert not registry.sandboxes.update_spec(ready.key, "api", "r2", "{}")
+    assert registry.sandboxes.update_spec(ready.key, "api", "r1", "{}")
+    assert registry.sandboxes.rows() == [replace(sandbox_row(), spec="{}")]
 
 
 def test_restart_is_another_run_of_the_same_claim(registry: Registry, ready: UserRow) -> None:
-    registry.claim(sandbox_row())
+    registry.sandboxes.claim(sandbox_row())
     claim = (ready.key, "api", "r1")
-    assert not registry.restart(claim, "o2", "r2", 1800000000.0)
-    assert not registry.restart((ready.key, "api", "r0"), "o1", "r2", 1800000000.0)
-    assert not registry.restart((ready.key, "web", "r1"), "o1", "r2", 1800000000.0)
-    assert registry.rows() == [sandbox_row()]
-    assert registry.restart(claim, "o1", "r2", 1800000000.0)
-    assert registry.rows() == [replace(sandbox_row(run_id="r2"), created_at=1800000000.0)]
-    assert not registry.restart(claim, "o1", "r3", 1800000000.0)
-    assert not registry.release(*claim)
+    assert not registry.sandboxes.restart(claim, "o2", "r2", 1800000000.0)
+    assert not registry.sandboxes.restart((ready.key, "api", "r0"), "o1", "r2", 1800000000.0)
+    assert not registry.sandboxes.restart((ready.key, "web", "r1"), "o1", "r2", 1800000000.0)
+    assert registry.sandboxes.rows() == [sandbox_row()]
+    assert registry.sandboxes.restart(claim, "o1", "r2", 1800000000.0)
+    assert registry.sandboxes.rows() == [replace(sandbox_row(run_id="r2"), created_at=1800000000.0)]
+    assert not registry.sandboxes.restart(claim, "o1", "r3", 1800000000.0)
+    assert not registry.sandboxes.release(*claim)
 
 
 def test_while_a_user_is_held_nothing_starts_but_the_holds_own_job(registry: Registry, ready: UserRow) -> None:
     other = user_row("auth0|2", "bbbbbbbb", 64101)
-    assert registry.add_user(other)
-    registry.mark_ready(other)
-    registry.register(sandbox_row("absent"))
-    registry.release(ready.key, "absent", "r1")
-    registry.claim(sandbox_row())
-    registry.claim(sandbox_row(HOLD, run_id="h1"))
-    for claim in (registry.claim, registry.register):
-        for quota in (None, Quota(starts_per_hour=1)):
+    assert registry.users.add(other)
+    registry.users.mark_ready(other)
+    registry.services.register(sandbox_row("absent"))
+    registry.sandboxes.release(ready.key, "absent", "r1")
+    registry.sandboxes.claim(sandbox_row())
+    registry.sandboxes.claim(sandbox_row(HOLD, run_id="h1"))
+    for claim in (registry.sandboxes.claim, registry.services.register):
+        for quota in (None, Quotas(Quota(starts_per_hour=1))):
             for name in ("new", "_job-h2", "_removal"):
                 with pytest.raises(HeldError, match="exported or imported"):
                     claim(sandbox_row(name), quota)
     with pytest.raises(HeldError):
-        registry.restart((ready.key, "api", "r1"), "o1", "r2", 1.0)
+        registry.sandboxes.restart((ready.key, "api", "r1"), "o1", "r2", 1.0)
     with pytest.raises(AlreadyRunningError):
-        registry.claim(sandbox_row(HOLD, run_id="h2"))
-    assert registry.absent_services() == []
-    registry.claim(sandbox_row("_job-h1"))
-    registry.claim(sandbox_row(key=other.key))
+        registry.sandboxes.claim(sandbox_row(HOLD, run_id="h2"))
+    assert registry.services.absent() == []
+    registry.sandboxes.claim(sandbox_row("_job-h1"))
+    registry.sandboxes.claim(sandbox_row(key=other.key))
     # What the hold has frozen is for its successor to know, and nobody else's business.
-    assert registry.held_still(ready.key) == frozenset()
-    registry.hold_still(ready.key, "h0", ["web"])
-    registry.hold_still(ready.key, "h1", ["web", "api"])
-    assert registry.held_still(ready.key) == {"api", "web"}
-    assert registry.held_still(other.key) == frozenset()
-    registry.release(ready.key, HOLD, "h1")
-    assert registry.held_still(ready.key) == frozenset()
-    assert registry.absent_services() == [service_row("absent")]
-    assert registry.restart((ready.key, "api", "r1"), "o1", "r2", 1.0)
+    assert registry.holds.frozen(ready.key) == frozenset()
+    registry.holds.set_frozen(ready.key, "h0", ["web"])
+    registry.holds.set_frozen(ready.key, "h1", ["web", "api"])
+    assert registry.holds.frozen(ready.key) == {"api", "web"}
+    assert registry.holds.frozen(other.key) == frozenset()
+    registry.sandboxes.release(ready.key, HOLD, "h1")
+    assert registry.holds.frozen(ready.key) == frozenset()
+    assert registry.services.absent() == [service_row("absent")]
+    assert registry.sandboxes.restart((ready.key, "api", "r1"), "o1", "r2", 1.0)
     # And none of the refused ones was counted.
-    registry.claim(sandbox_row("new"), Quota(starts_per_hour=1))
+    registry.sandboxes.claim(sandbox_row("new"), Quotas(Quota(starts_per_hour=1)))
 
 
 # Services ---
@@ -620,72 +630,72 @@ def test_while_a_user_is_held_nothing_starts_but_the_holds_own_job(registry: Reg
 def test_a_registered_service_is_absent_when_nobody_has_claimed_it(
     registry: Registry, path: Path, ready: UserRow
 ) -> None:
-    registry.register(sandbox_row())
-    registry.claim(sandbox_row("once"))
-    assert registry.absent_services() == []
-    registry.release(ready.key, "api", "r1")
-    registry.release(ready.key, "once", "r1")
-    assert registry.absent_services() == [service_row()]
+    registry.services.register(sandbox_row())
+    registry.sandboxes.claim(sandbox_row("once"))
+    assert registry.services.absent() == []
+    registry.sandboxes.release(ready.key, "api", "r1")
+    registry.sandboxes.release(ready.key, "once", "r1")
+    assert registry.services.absent() == [service_row()]
     with Registry(path) as again:
-        assert again.absent_services() == [service_row()]
-    registry.claim(sandbox_row(run_id="r2"))
-    assert registry.absent_services() == []
+        assert again.services.absent() == [service_row()]
+    registry.sandboxes.claim(sandbox_row(run_id="r2"))
+    assert registry.services.absent() == []
 
 
 def test_absent_services_come_oldest_first(registry: Registry, ready: UserRow) -> None:
     for service_id, created_at in (("b", 3.0), ("c", 1.0), ("a", 2.0)):
-        registry.register(replace(sandbox_row(service_id), created_at=created_at))
-        registry.release(ready.key, service_id, "r1")
-    assert registry.absent_services() == [service_row("c", 1.0), service_row("a", 2.0), service_row("b", 3.0)]
+        registry.services.register(replace(sandbox_row(service_id), created_at=created_at))
+        registry.sandboxes.release(ready.key, service_id, "r1")
+    assert registry.services.absent() == [service_row("c", 1.0), service_row("a", 2.0), service_row("b", 3.0)]
 
 
 def test_a_service_that_is_registered_again_is_as_it_was_asked_for_last(registry: Registry, ready: UserRow) -> None:
-    registry.register(sandbox_row())
-    registry.release(ready.key, "api", "r1")
-    registry.register(replace(sandbox_row(run_id="r2"), spec="{}", created_at=1800000000.0))
-    registry.release(ready.key, "api", "r2")
-    assert registry.absent_services() == [ServiceRow(ready.key, "api", "{}", 1800000000.0)]
+    registry.services.register(sandbox_row())
+    registry.sandboxes.release(ready.key, "api", "r1")
+    registry.services.register(replace(sandbox_row(run_id="r2"), spec="{}", created_at=1800000000.0))
+    registry.sandboxes.release(ready.key, "api", "r2")
+    assert registry.services.absent() == [ServiceRow(ready.key, "api", "{}", 1800000000.0)]
 
 
 def test_forgotten_services_do_not_come_back(registry: Registry, ready: UserRow) -> None:
-    registry.register(sandbox_row())
-    assert not registry.forget(ready.key, "web")
-    assert registry.forget(ready.key, "api")
-    assert not registry.forget(ready.key, "api")
-    assert registry.rows() == [sandbox_row()]  # it is not to come back, and is still there
-    registry.release(ready.key, "api", "r1")
-    assert registry.absent_services() == []
+    registry.services.register(sandbox_row())
+    assert not registry.services.forget(ready.key, "web")
+    assert registry.services.forget(ready.key, "api")
+    assert not registry.services.forget(ready.key, "api")
+    assert registry.sandboxes.rows() == [sandbox_row()]  # it is not to come back, and is still there
+    registry.sandboxes.release(ready.key, "api", "r1")
+    assert registry.services.absent() == []
 
 
 def test_a_removed_users_services_do_not_come_back(registry: Registry, ready: UserRow) -> None:
-    registry.add_user(user_row("other", "bbbbbbbb", 64101))
-    registry.mark_ready(user_row("other", "bbbbbbbb", 64101))
+    registry.users.add(user_row("other", "bbbbbbbb", 64101))
+    registry.users.mark_ready(user_row("other", "bbbbbbbb", 64101))
     for key in (ready.key, "bbbbbbbb"):
-        registry.register(sandbox_row(key=key))
+        registry.services.register(sandbox_row(key=key))
     with pytest.raises(StateError):
-        registry.begin_removal(ready)
+        registry.users.begin_removal(ready)
     for key in (ready.key, "bbbbbbbb"):
-        registry.release(key, "api", "r1")
-    registry.begin_removal(ready)
-    assert [row.key for row in registry.absent_services()] == ["bbbbbbbb"]
+        registry.sandboxes.release(key, "api", "r1")
+    registry.users.begin_removal(ready)
+    assert [row.key for row in registry.services.absent()] == ["bbbbbbbb"]
 
 
 def test_what_cannot_be_claimed_is_not_registered(registry: Registry) -> None:
     with pytest.raises(NotFoundError):
-        registry.register(sandbox_row())
-    registry.add_user(user_row())
-    ready = registry.mark_ready(user_row())
-    registry.claim(sandbox_row())
+        registry.services.register(sandbox_row())
+    registry.users.add(user_row())
+    ready = registry.users.mark_ready(user_row())
+    registry.sandboxes.claim(sandbox_row())
     with pytest.raises(ClaimedError, match="o1"):
-        registry.register(replace(sandbox_row(run_id="r2"), spec="{}"))
-    registry.release(ready.key, "api", "r1")
-    assert registry.absent_services() == []
+        registry.services.register(replace(sandbox_row(run_id="r2"), spec="{}"))
+    registry.sandboxes.release(ready.key, "api", "r1")
+    assert registry.services.absent() == []
 
 
 def test_what_is_to_come_back_is_durable(registry: Registry, ready: UserRow) -> None:
     seen = statements(registry)
-    registry.register(sandbox_row())
-    registry.forget(ready.key, "api")
+    registry.services.register(sandbox_row())
+    registry.services.forget(ready.key, "api")
     words = [statement.split()[0] + statement[-6:] for statement in seen]
     full, normal = "PRAGMA= FULL", "PRAGMANORMAL"
     assert words.index(full) < words.index("COMMITCOMMIT") < words.index(normal)
@@ -700,11 +710,11 @@ def test_a_full_disk_is_a_typed_error_and_takes_nothing_by_halves(
         (pages,) = db.execute("PRAGMA page_count").fetchone()
         db.execute(f"PRAGMA max_page_count = {pages + room}")
     with pytest.raises(RegistryError, match="full") as caught:
-        registry.register(replace(sandbox_row(), spec="x" * 100_000))
+        registry.services.register(replace(sandbox_row(), spec="x" * 100_000))
     assert caught.value.remedy == "free some space on its file system"
-    assert registry.rows() == []
-    assert registry.absent_services() == []
-    registry.register(sandbox_row())
+    assert registry.sandboxes.rows() == []
+    assert registry.services.absent() == []
+    registry.services.register(sandbox_row())
 
 
 # Quotas ---
@@ -713,66 +723,66 @@ def test_a_full_disk_is_a_typed_error_and_takes_nothing_by_halves(
 @pytest.fixture
 def other(registry: Registry, ready: UserRow) -> UserRow:
     row = user_row("other", "bbbbbbbb", 64101)
-    assert registry.add_user(row)
-    return registry.mark_ready(row)
+    assert registry.users.add(row)
+    return registry.users.mark_ready(row)
 
 
 def test_a_cap_on_the_host_counts_all_users_sandboxes(registry: Registry, ready: UserRow, other: UserRow) -> None:
-    quota = Quota(max_sandboxes=3)
-    registry.claim(sandbox_row(), quota)
-    registry.claim(sandbox_row(key=other.key, owner="o2"), quota)
-    registry.register(sandbox_row("web"), quota)
-    for action in (registry.claim, registry.register):
+    quota = Quotas(Quota(max_sandboxes=3))
+    registry.sandboxes.claim(sandbox_row(), quota)
+    registry.sandboxes.claim(sandbox_row(key=other.key, owner="o2"), quota)
+    registry.services.register(sandbox_row("web"), quota)
+    for action in (registry.sandboxes.claim, registry.services.register):
         with pytest.raises(AdmissionError, match=r"3 sandboxes run on this host, and 3 may") as caught:
             action(sandbox_row("more"), quota)
         assert (caught.value.code, caught.value.limit, caught.value.retry_after) == ("refused", "max_sandboxes", None)
         assert caught.value.remedy is not None
-    assert len(registry.rows()) == 3
-    registry.claim(sandbox_row("free"))  # without a quota there is none
-    registry.release(other.key, "api", "r1")
-    registry.release(ready.key, "free", "r1")
-    registry.claim(sandbox_row("more"), quota)
-    registry.release(ready.key, "web", "r1")
-    registry.release(ready.key, "more", "r1")
-    assert registry.absent_services() == [service_row("web")]  # and not the one that was refused
+    assert len(registry.sandboxes.rows()) == 3
+    registry.sandboxes.claim(sandbox_row("free"))  # without a quota there is none
+    registry.sandboxes.release(other.key, "api", "r1")
+    registry.sandboxes.release(ready.key, "free", "r1")
+    registry.sandboxes.claim(sandbox_row("more"), quota)
+    registry.sandboxes.release(ready.key, "web", "r1")
+    registry.sandboxes.release(ready.key, "more", "r1")
+    assert registry.services.absent() == [service_row("web")]  # and not the one that was refused
 
 
 def test_a_cap_on_a_user_counts_its_own(registry: Registry, ready: UserRow, other: UserRow) -> None:
-    quota = Quota(max_per_user=2)
+    quota = Quotas(Quota(max_per_user=2))
     for key in (ready.key, other.key):
         for service_id in ("a", "b"):
-            registry.claim(sandbox_row(service_id, key=key), quota)
+            registry.sandboxes.claim(sandbox_row(service_id, key=key), quota)
         with pytest.raises(AdmissionError, match=f"2 sandboxes of user {key} run, and 2 may") as caught:
-            registry.claim(sandbox_row("c", key=key), quota)
+            registry.sandboxes.claim(sandbox_row("c", key=key), quota)
         assert caught.value.limit == "max_sandboxes_per_user"
-    registry.release(ready.key, "a", "r1")
-    registry.claim(sandbox_row("c"), quota)
+    registry.sandboxes.release(ready.key, "a", "r1")
+    registry.sandboxes.claim(sandbox_row("c"), quota)
 
 
 def test_a_cap_of_none_at_all_lets_nothing_in(registry: Registry, ready: UserRow) -> None:
-    for quota in (Quota(max_sandboxes=0), Quota(max_per_user=0)):
+    for quota in (Quotas(Quota(max_sandboxes=0)), Quotas(Quota(max_per_user=0))):
         with pytest.raises(AdmissionError, match="0 sandboxes"):
-            registry.claim(sandbox_row(), quota)
-    assert registry.rows() == []
+            registry.sandboxes.claim(sandbox_row(), quota)
+    assert registry.sandboxes.rows() == []
 
 
 def test_the_runners_own_jobs_count_against_nobody(registry: Registry, ready: UserRow) -> None:
     for number in range(5):
-        registry.claim(sandbox_row(f"_job-{number}"))
-    quota = Quota(max_sandboxes=2, max_per_user=2)
-    registry.claim(sandbox_row("a"), quota)
-    registry.claim(sandbox_row("Z_"), quota)
+        registry.sandboxes.claim(sandbox_row(f"_job-{number}"))
+    quota = Quotas(Quota(max_sandboxes=2, max_per_user=2))
+    registry.sandboxes.claim(sandbox_row("a"), quota)
+    registry.sandboxes.claim(sandbox_row("Z_"), quota)
     with pytest.raises(AdmissionError):
-        registry.claim(sandbox_row("c"), quota)
+        registry.sandboxes.claim(sandbox_row("c"), quota)
 
 
 def test_what_runs_already_says_so_and_costs_no_start(registry: Registry, ready: UserRow) -> None:
-    quota = Quota(max_sandboxes=1, max_per_user=1, starts_per_minute=1)
-    registry.claim(sandbox_row(), quota)
+    quota = Quotas(Quota(max_sandboxes=1, max_per_user=1, starts_per_minute=1))
+    registry.sandboxes.claim(sandbox_row(), quota)
     with pytest.raises(ClaimedError, match="o1"):
-        registry.claim(sandbox_row(run_id="r2"), quota)
+        registry.sandboxes.claim(sandbox_row(run_id="r2"), quota)
     with pytest.raises(NotFoundError):
-        registry.claim(sandbox_row(key="cccccccc"), quota)
+        registry.sandboxes.claim(sandbox_row(key="cccccccc"), quota)
 
 
 @pytest.fixture
@@ -790,11 +800,11 @@ def timed(path: Path, ready: UserRow, clock: Clock) -> Iterator[Registry]:
 def start(registry: Registry, per_minute: float, key: str = "aaaaaaaa") -> float:
     """Start and end something; returns for how many seconds that is refused, or 0."""
     try:
-        registry.claim(sandbox_row(key=key), Quota(starts_per_minute=per_minute))
+        registry.sandboxes.claim(sandbox_row(key=key), Quotas(Quota(starts_per_minute=per_minute)))
     except AdmissionError as error:
         refused = error
     else:
-        assert registry.release(key, "api", "r1")
+        assert registry.sandboxes.release(key, "api", "r1")
         return 0.0
     assert refused.limit == "starts_per_minute"
     assert refused.retry_after is not None
@@ -841,10 +851,10 @@ def test_users_have_starts_of_their_own(timed: Registry, other: UserRow) -> None
 
 
 def test_a_refused_start_costs_none(timed: Registry, registry: Registry, clock: Clock) -> None:
-    registry.claim(sandbox_row("held"))
+    registry.sandboxes.claim(sandbox_row("held"))
     for _ in range(5):
         with pytest.raises(AdmissionError, match="sandboxes"):
-            timed.claim(sandbox_row(), Quota(max_per_user=1, starts_per_minute=2))
+            timed.sandboxes.claim(sandbox_row(), Quotas(Quota(max_per_user=1, starts_per_minute=2)))
     assert [start(timed, 2), start(timed, 2)] == [0.0, 0.0]
     assert {start(timed, 2) for _ in range(5)} == {30.0}
     clock.now += 30
@@ -852,12 +862,12 @@ def test_a_refused_start_costs_none(timed: Registry, registry: Registry, clock: 
 
 
 def test_what_starts_by_itself_costs_none(timed: Registry, ready: UserRow) -> None:
-    timed.claim(sandbox_row(), Quota(starts_per_minute=1))
+    timed.sandboxes.claim(sandbox_row(), Quotas(Quota(starts_per_minute=1)))
     for number in range(5):
-        assert timed.restart((ready.key, "api", f"r{number + 1}"), "o1", f"r{number + 2}", 1.0)
-    timed.release(ready.key, "api", "r6")
-    timed.claim(sandbox_row(), Quota(max_per_user=5))
-    timed.release(ready.key, "api", "r1")
+        assert timed.sandboxes.restart((ready.key, "api", f"r{number + 1}"), "o1", f"r{number + 2}", 1.0)
+    timed.sandboxes.release(ready.key, "api", "r6")
+    timed.sandboxes.claim(sandbox_row(), Quotas(Quota(max_per_user=5)))
+    timed.sandboxes.release(ready.key, "api", "r1")
     assert start(timed, 1) == 60.0
 
 
@@ -893,9 +903,9 @@ def test_starts_are_remembered_by_the_file(timed: Registry, path: Path, clock: C
 
 def test_a_claim_without_quota_is_one_statement(registry: Registry, ready: UserRow) -> None:
     seen = statements(registry)
-    registry.claim(sandbox_row())
+    registry.sandboxes.claim(sandbox_row())
     assert len(seen) == 1
-    registry.claim(sandbox_row("web"), Quota(5, 5, 5.0))
+    registry.sandboxes.claim(sandbox_row("web"), Quotas(Quota(5, 5, 5.0)))
     assert not any("_'" in statement and "key" not in statement for statement in seen)  # nor is every row looked at
 
 
@@ -904,14 +914,13 @@ def test_the_count_of_a_host_that_is_capped_reads_names_alone(registry: Registry
         with registry._database as db:
             return str(db.execute("EXPLAIN QUERY PLAN SELECT count(*) FROM sandboxes").fetchone()[3])
 
-    for quota in (None, Quota(max_per_user=5, starts_per_minute=5)):
-        registry.index_for(quota)
+    registry.sandboxes.index_for(Quotas(Quota(max_per_user=5, starts_per_minute=5)))
     assert "sandboxes_names" not in plan()
     for _ in range(2):
-        registry.index_for(Quota(max_sandboxes=5))
+        registry.sandboxes.index_for(Quotas(Quota(max_sandboxes=5)))
     assert plan() == "SCAN sandboxes USING COVERING INDEX sandboxes_names"
-    registry.claim(sandbox_row(), Quota(max_sandboxes=5))
-    assert registry.rows() == [sandbox_row()]
+    registry.sandboxes.claim(sandbox_row(), Quotas(Quota(max_sandboxes=5)))
+    assert registry.sandboxes.rows() == [sandbox_row()]
 
 
 def claim_all(registry: Registry, owner: str, quota: Quota, *, keep: bool) -> list[str]:
@@ -920,15 +929,15 @@ def claim_all(registry: Registry, owner: str, quota: Quota, *, keep: bool) -> li
     for number in range(100):
         row = sandbox_row(f"{owner}-{number}", key="ab"[number % 2] * 8, owner=owner)
         try:
-            registry.claim(row, quota)
+            registry.sandboxes.claim(row, Quotas(quota))
         except AdmissionError:
             continue
         won.append(row.key)
-        rows = registry.rows()
+        rows = registry.sandboxes.rows()
         assert len(rows) <= (quota.max_sandboxes or 1000)
         assert sum(other.key == row.key for other in rows) <= (quota.max_per_user or 1000)
         if not keep:
-            assert registry.release(row.key, row.service_id, row.run_id)
+            assert registry.sandboxes.release(row.key, row.service_id, row.run_id)
     return won
 
 
@@ -975,11 +984,11 @@ with Registry(Path(sys.argv[1]), clock=Clock()) as registry:
     if quota.starts_per_minute is not None:
         assert all(count <= quota.starts_per_minute for count in won.values())
     if not keep:
-        assert timed.rows() == []
+        assert timed.sandboxes.rows() == []
         if quota.starts_per_minute is not None:
             assert won == dict.fromkeys(won, quota.starts_per_minute)
         return
-    assert won == {key: len(timed.rows(key=key)) for key in won}
+    assert won == {key: len(timed.sandboxes.rows(key=key)) for key in won}
     if quota.max_sandboxes is not None:
         assert sum(won.values()) == quota.max_sandboxes
     else:
@@ -996,7 +1005,7 @@ won = 0
 with Registry(Path(sys.argv[1])) as registry:
     for n in range(200):
         try:
-            registry.claim(SandboxRow(key=sys.argv[2], service_id=f"s{n}", run_id="r", owner="process",
+            registry.sandboxes.claim(SandboxRow(key=sys.argv[2], service_id=f"s{n}", run_id="r", owner="process",
                 kind="run", spec="{}", cgroup="/", created_at=0.0))
             won += 1
         except ClaimedError:
@@ -1017,7 +1026,7 @@ print(won)
         won = 0
         for number in range(200):
             try:
-                registry.claim(sandbox_row(f"s{number}", owner=owner))
+                registry.sandboxes.claim(sandbox_row(f"s{number}", owner=owner))
             except ClaimedError:
                 continue
             won += 1
@@ -1029,8 +1038,8 @@ print(won)
         won_outside = int(child.communicate("\n", timeout=60)[0])
         won_here = sum(thread.result() for thread in threads)
     assert won_here + won_outside == 200
-    assert len(registry.rows("process")) == won_outside
-    assert len(registry.rows()) == 200
+    assert len(registry.sandboxes.rows("process")) == won_outside
+    assert len(registry.sandboxes.rows()) == 200
 
 
 def test_locked_by_another_process_is_a_typed_error(registry: Registry, path: Path, ready: UserRow) -> None:
@@ -1040,13 +1049,13 @@ def test_locked_by_another_process_is_a_typed_error(registry: Registry, path: Pa
     other.execute("BEGIN IMMEDIATE")
     try:
         with pytest.raises(RegistryError, match="locked") as caught:
-            registry.claim(sandbox_row())
+            registry.sandboxes.claim(sandbox_row())
         assert caught.value.remedy is not None
-        assert registry.rows() == []  # reading goes on
+        assert registry.sandboxes.rows() == []  # reading goes on
     finally:
         other.execute("ROLLBACK")
         other.close()
-    registry.claim(sandbox_row())
+    registry.sandboxes.claim(sandbox_row())
 
 
 # ---- Without waiting
@@ -1057,21 +1066,21 @@ def test_one_that_does_not_wait_says_that_others_write(path: Path, registry: Reg
         with sqlite3.connect(path) as other:
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(BusyError):
-                quick.claim(sandbox_row(key=ready.key))
+                quick.sandboxes.claim(sandbox_row(key=ready.key))
             other.rollback()
         other.close()
-        quick.claim(sandbox_row(key=ready.key))
-        assert registry.row(ready.key, "api") == sandbox_row(key=ready.key)
-        assert quick.release(ready.key, "api", "r1")
+        quick.sandboxes.claim(sandbox_row(key=ready.key))
+        assert registry.sandboxes.row(ready.key, "api") == sandbox_row(key=ready.key)
+        assert quick.sandboxes.release(ready.key, "api", "r1")
 
 
 def test_one_that_does_not_wait_keeps_to_quotas_too(path: Path, registry: Registry, ready: UserRow) -> None:
-    quota = Quota(5, 5, 2)
+    quota = Quotas(Quota(5, 5, 2))
     with Registry(path, waits=False, clock=Clock()) as quick:
         with sqlite3.connect(path) as other:
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(BusyError):
-                quick.claim(sandbox_row(), quota)
+                quick.sandboxes.claim(sandbox_row(), quota)
             other.rollback()
         other.close()
         assert [start(quick, 2), start(quick, 2), start(quick, 2)] == [0.0, 0.0, 30.0]
@@ -1085,8 +1094,8 @@ def test_checkpoints_keep_the_log_of_one_that_does_not_wait_short(
     with Registry(path, waits=False) as quick:
         for _ in range(3):
             for _ in range(100):
-                quick.claim(sandbox_row(key=ready.key))
-                quick.release(ready.key, "api", "r1")
+                quick.sandboxes.claim(sandbox_row(key=ready.key))
+                quick.sandboxes.release(ready.key, "api", "r1")
             sizes.append(log.stat().st_size)
             registry.checkpoint()
     # As large as one round makes it, however many there are.

@@ -62,7 +62,7 @@ async def until(reader: EventReader, kind: str) -> list[Event]:
 
 def services(settings: Settings) -> list[str]:
     with Registry(settings.state_dir / "registry.db") as registry:
-        return [row.service_id for row in registry.absent_services()]
+        return [row.service_id for row in registry.services.absent()]
 
 
 # ---- Restart policies
@@ -336,7 +336,7 @@ async def test_changed_limits_come_back_too(settings: Settings) -> None:
         sandbox = await supervisor.start(spec(SLEEP, restart=policy("always")))
         await sandbox.set_limits(limits)
     with Registry(settings.state_dir / "registry.db") as registry:
-        (row,) = registry.absent_services()
+        (row,) = registry.services.absent()
     assert SandboxSpec.from_json(row.spec).limits == limits
     async with Supervisor(settings=settings) as supervisor:
         await supervisor.stop(USER, "api")

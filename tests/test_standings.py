@@ -45,89 +45,89 @@ def registry(tmp_path: Path, now: list[float]) -> Iterator[Registry]:
                 home=Path("/x"),
                 created_at=1.0,
             )
-            assert registry.add_user(user)
-            registry.mark_ready(user)
+            assert registry.users.add(user)
+            registry.users.mark_ready(user)
         yield registry
 
 
 def test_a_standing_is_kept_and_outlives_the_user(registry: Registry, tmp_path: Path) -> None:
-    assert registry.standing(KEY) == Standing(None, False)
-    registry.set_standing(KEY, Standing("pro", True))
-    registry.set_standing(OTHER, Standing("free"))
-    registry.set_standing(OTHER, Standing("basic"))
+    assert registry.standings.get(KEY) == Standing(None, False)
+    registry.standings.set(KEY, Standing("pro", True))
+    registry.standings.set(OTHER, Standing("free"))
+    registry.standings.set(OTHER, Standing("basic"))
     with Registry(registry.path) as again:
-        assert (again.standing(KEY), again.standing(OTHER)) == (Standing("pro", True), Standing("basic"))
-    user = registry.user(KEY)
+        assert (again.standings.get(KEY), again.standings.get(OTHER)) == (Standing("pro", True), Standing("basic"))
+    user = registry.users.row(KEY)
     assert user is not None
-    deleting = registry.begin_removal(user)
-    registry.tombstone(deleting)
-    assert registry.standing(KEY) == Standing("pro", True)
+    deleting = registry.users.begin_removal(user)
+    registry.users.tombstone(deleting)
+    assert registry.standings.get(KEY) == Standing("pro", True)
 
 
 def test_who_is_blocked_starts_nothing_and_nothing_of_it_comes_back(registry: Registry) -> None:
-    registry.register(row("web"))
-    registry.claim(row("api"))
-    registry.set_standing(KEY, Standing(blocked=True))
-    for claim in (registry.claim, registry.register):
-        for quota in (None, Quota(5, 5, 5), Quotas(Quota())):
+    registry.services.register(row("web"))
+    registry.sandboxes.claim(row("api"))
+    registry.standings.set(KEY, Standing(blocked=True))
+    for claim in (registry.sandboxes.claim, registry.services.register):
+        for quota in (None, Quotas(Quota(5, 5, 5)), Quotas(Quota())):
             with pytest.raises(BlockedError) as caught:
                 claim(row("new"), quota)
             assert (caught.value.code, caught.value.limit) == ("blocked", "blocked")
     with pytest.raises(BlockedError):
-        registry.restart((KEY, "api", "r1"), "o1", "r2", 1.0)
-    assert not registry.restart((OTHER, "api", "r1"), "o1", "r2", 1.0)
-    assert registry.release(KEY, "web", "r1")
-    assert registry.absent_services() == []
-    assert [kept.service_id for kept in registry.rows()] == ["api"]
+        registry.sandboxes.restart((KEY, "api", "r1"), "o1", "r2", 1.0)
+    assert not registry.sandboxes.restart((OTHER, "api", "r1"), "o1", "r2", 1.0)
+    assert registry.sandboxes.release(KEY, "web", "r1")
+    assert registry.services.absent() == []
+    assert [kept.service_id for kept in registry.sandboxes.rows()] == ["api"]
     # The operator can still have something done for it, and others are not concerned.
-    registry.claim(row("_job-1"))
-    registry.claim(row("api", OTHER))
-    registry.set_standing(KEY, Standing())
-    assert [service.service_id for service in registry.absent_services()] == ["web"]
-    assert registry.restart((KEY, "api", "r1"), "o1", "r2", 1.0)
+    registry.sandboxes.claim(row("_job-1"))
+    registry.sandboxes.claim(row("api", OTHER))
+    registry.standings.set(KEY, Standing())
+    assert [service.service_id for service in registry.services.absent()] == ["web"]
+    assert registry.sandboxes.restart((KEY, "api", "r1"), "o1", "r2", 1.0)
 
 
 def test_a_tier_caps_what_its_tenants_claim(registry: Registry, now: list[float]) -> None:
     tiers = (Tier(name="one", max_sandboxes=1, starts_per_hour=3), Tier(name="none", max_sandboxes=0))
     quota = Admission(Settings(max_sandboxes_per_user=2, tiers=tiers), lambda _: None).quota
-    registry.claim(row("a"), quota)
-    registry.claim(row("b"), quota)
+    registry.sandboxes.claim(row("a"), quota)
+    registry.sandboxes.claim(row("b"), quota)
     with pytest.raises(AdmissionError, match="2 may"):
-        registry.claim(row("c"), quota)
-    registry.set_standing(OTHER, Standing("none"))
+        registry.sandboxes.claim(row("c"), quota)
+    registry.standings.set(OTHER, Standing("none"))
     with pytest.raises(AdmissionError, match="0 may"):
-        registry.claim(row(key=OTHER), quota)
-    registry.set_standing(OTHER, Standing("one"))
+        registry.sandboxes.claim(row(key=OTHER), quota)
+    registry.standings.set(OTHER, Standing("one"))
     for _ in range(3):
-        registry.claim(row(key=OTHER), quota)
+        registry.sandboxes.claim(row(key=OTHER), quota)
         with pytest.raises(AdmissionError, match="1 may"):
-            registry.claim(row("b", OTHER), quota)
-        registry.release(OTHER, "api", "r1")
+            registry.sandboxes.claim(row("b", OTHER), quota)
+        registry.sandboxes.release(OTHER, "api", "r1")
     with pytest.raises(AdmissionError, match="3 starts per hour") as caught:
-        registry.claim(row(key=OTHER), quota)
+        registry.sandboxes.claim(row(key=OTHER), quota)
     assert (caught.value.limit, caught.value.retry_after) == ("starts_per_hour", 1200.0)
     now[0] += 1200
-    registry.register(row(key=OTHER), quota)
+    registry.services.register(row(key=OTHER), quota)
 
 
 def test_who_has_a_tier_that_nobody_knows_starts_nothing(registry: Registry) -> None:
-    registry.set_standing(KEY, Standing("gold"))
+    registry.standings.set(KEY, Standing("gold"))
     with pytest.raises(AdmissionError, match="not known") as caught:
-        registry.claim(row(), Admission(Settings(), lambda _: None).quota)
+        registry.sandboxes.claim(row(), Admission(Settings(), lambda _: None).quota)
     assert caught.value.limit == "tiers"
-    assert registry.rows() == []
+    assert registry.sandboxes.rows() == []
 
 
 def test_rates_by_minute_and_hour_are_counted_apart(registry: Registry, now: list[float]) -> None:
-    quota = Quota(starts_per_minute=2, starts_per_hour=3)
+    quota = Quotas(Quota(starts_per_minute=2, starts_per_hour=3))
     outcomes = []
     for _ in range(6):
         try:
-            registry.claim(row(), quota)
+            registry.sandboxes.claim(row(), quota)
         except AdmissionError as error:
             outcomes.append(error.limit)
         else:
-            registry.release(KEY, "api", "r1")
+            registry.sandboxes.release(KEY, "api", "r1")
             outcomes.append("")
         now[0] += 20
     assert outcomes == ["", "", "", "starts_per_hour", "starts_per_hour", "starts_per_hour"]
@@ -157,7 +157,7 @@ def test_limits_are_the_tiers_where_it_says_some(registry: Registry) -> None:
 
 def test_a_tier_is_found_by_its_users_id(registry: Registry) -> None:
     standings = Standings(Settings(), registry)
-    registry.set_standing(KEY, Standing("pro"))
+    registry.standings.set(KEY, Standing("pro"))
     assert [standings.tier_of(user_id) for user_id in (KEY, OTHER, "nobody")] == ["pro", None, None]
 
 

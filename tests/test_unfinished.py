@@ -66,7 +66,7 @@ async def test_a_transfer_while_the_registry_is_broken_does_not_keep_its_user(
 
 def rows(settings: Settings) -> list[str]:
     with Registry(settings.state_dir / "registry.db") as registry:
-        return [row.service_id for row in registry.rows()]
+        return [row.service_id for row in registry.sandboxes.rows()]
 
 
 async def test_a_log_that_could_not_be_finished_is_written_before_the_next_one(

@@ -80,6 +80,7 @@ from pathlib import Path
 from pactown_runner import accounts
 from pactown_runner.config import Settings
 from pactown_runner.registry import Registry
+from pactown_runner.registry.users import UserTable
 from pactown_runner.users import Users
 
 # Dropped in here: the interpreter may lie where only root can run it.
@@ -192,7 +193,7 @@ def test_no_key_is_left(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AccountError, match="taken") as caught:
         state.users.get_or_create("auth0|123456")
     assert caught.value.remedy is not None
-    assert state.registry.users() == []
+    assert state.registry.users.rows() == []
 
 
 # ---- Users
@@ -236,7 +237,7 @@ def test_malformed_ids_are_refused(state: State, bad: str) -> None:
     for method in (state.users.get, state.users.get_or_create, state.users.begin_removal):
         with pytest.raises(SpecError):
             method(bad)
-    assert state.registry.users() == []
+    assert state.registry.users.rows() == []
 
 
 @pytest.mark.host
@@ -248,7 +249,7 @@ def test_exhausted_range_leaves_nothing_behind(state: State, users_base: Path, t
     with pytest.raises(AccountError, match="no uid is free"):
         users.get_or_create("b")
     assert users.list() == [user]
-    assert state.registry.user("b") is None
+    assert state.registry.users.row("b") is None
     remove(users, "a")
     with pytest.raises(AccountError, match="no uid is free"):
         users.get_or_create("b")  # a uid is not handed on
@@ -288,7 +289,7 @@ def test_removal(state: State) -> None:
 @pytest.mark.host
 def test_what_runs_keeps_its_user(state: State) -> None:
     user = state.users.get_or_create("a")
-    state.registry.claim(
+    state.registry.sandboxes.claim(
         SandboxRow(
             key=user.key,
             service_id="s",
@@ -303,7 +304,7 @@ def test_what_runs_keeps_its_user(state: State) -> None:
     with pytest.raises(StateError, match="something runs"):
         state.users.begin_removal("a")
     assert state.users.get_or_create("a") == user
-    state.registry.release(user.key, "s", "r")
+    state.registry.sandboxes.release(user.key, "s", "r")
     remove(state.users, "a")
 
 
@@ -321,16 +322,16 @@ def test_removed_user_that_comes_back_finds_its_home(state: State) -> None:
 # ---- Crashes
 
 POINTS = {
-    "row": "after(Registry, 'add_user')",
+    "row": "after(UserTable, 'add')",
     "group": "after(accounts, '_run', lambda command: command[0] == 'groupadd')",
     "login": "after(accounts, '_run', lambda command: command[0] == 'useradd')",
     "home": "after(os, 'mkdir', lambda name, *rest: str(name).startswith('pactown_'))",
     "chown": "after(os, 'fchown')",
     "chmod": "after(os, 'fchmod')",
-    "ready": "after(Registry, 'mark_ready')",
-    "begun": "after(Registry, 'begin_removal')",
+    "ready": "after(UserTable, 'mark_ready')",
+    "begun": "after(UserTable, 'begin_removal')",
     "userdel": "after(accounts, '_run', lambda command: command[0] == 'userdel')",
-    "tombstone": "after(Registry, 'tombstone')",
+    "tombstone": "after(UserTable, 'tombstone')",
 }
 
 CRASH = """
@@ -386,7 +387,7 @@ def test_killed_while_removing_is_finished_by_the_next(
         assert state.users.begin_removal(user.saas_user_id) == user
         state.users.remove_account(user)
     assert list(hostsweep.accounts(test_run.claim)) == []
-    assert [row.status for row in state.registry.users()] == ["deleted"]
+    assert [row.status for row in state.registry.users.rows()] == ["deleted"]
     assert_whole(state, state.users.get_or_create(own))
 
 
@@ -474,7 +475,7 @@ def test_a_range_is_used_up_to_the_last_uid_and_none_twice(users_base: Path) -> 
             home=Path("/x"),
             created_at=0,
         )
-        registry.add_user(reaped)  # what is below it is a gap
+        registry.users.add(reaped)  # what is below it is a gap
         children = [state.run(PRETEND, name, stderr=subprocess.PIPE) for name in ("one", "two")]
         with ThreadPoolExecutor(2) as pool:
             outputs = list(pool.map(lambda child: child.communicate("\n", timeout=100 + CREATES // 50), children))
@@ -486,7 +487,7 @@ def test_a_range_is_used_up_to_the_last_uid_and_none_twice(users_base: Path) -> 
         made = {**one, **two}
         assert sorted(uid for _, uid in made.values()) == [uid for uid in range(first, last + 1) if uid != reaped.uid]
         assert len({name for name, _ in made.values()}) == len(made) == CREATES - 1
-        assert len(registry.users()) == CREATES
+        assert len(registry.users.rows()) == CREATES
 
 
 @contextlib.contextmanager

@@ -370,7 +370,7 @@ async def test_of_two_that_need_the_same_one_makes_it(host: Host, user: Isolated
     making = [asyncio.create_task(ensure(host, user, "tiny==1.0", service=name)) for name in ("one", "two", "three")]
     await asyncio.to_thread(index.asked.wait, 30)
     # All three are at it: one waits for the package, the others for the first one's lock.
-    await eventually(lambda: len(host.registry.rows()) == 3)
+    await eventually(lambda: len(host.registry.sandboxes.rows()) == 3)
     index.open.set()
     await asyncio.gather(*making)
     for name in ("one", "two", "three"):

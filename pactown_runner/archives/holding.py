@@ -68,7 +68,7 @@ class Hold:
                 scopes[name] = self._kept.enter_context(self._open(name))
         thawed = {name: scope for name, scope in scopes.items() if not _frozen(scope)}
         # First: whoever comes after us has to know of it.
-        self._host.registry.hold_still(self._key, self.run_id, thawed)
+        self._host.registry.holds.set_frozen(self._key, self.run_id, thawed)
         self._thawed = list(thawed.values())
         for scope in self._thawed:
             with suppress(GoneError):
@@ -105,7 +105,7 @@ class Hold:
 
     def _others(self) -> set[tuple[str, str]]:
         ours = {HOLD, job_name(self.run_id)}
-        rows = self._host.registry.rows(key=self._key)
+        rows = self._host.registry.sandboxes.rows(key=self._key)
         return {(row.service_id, row.run_id) for row in rows if row.service_id not in ours}
 
 
@@ -120,7 +120,7 @@ def held(host: Host, user: IsolatedUser) -> Iterator[Hold]:
     hold = Hold(host, user.key)
     claim = (user.key, HOLD, hold.run_id)
     try:
-        host.registry.claim(
+        host.registry.sandboxes.claim(
             SandboxRow(
                 key=user.key,
                 service_id=HOLD,
@@ -155,7 +155,7 @@ def thaw_held(host: Host, key: str) -> None:
     """
     with ExitStack() as stack:
         scopes = []
-        for name in host.registry.held_still(key):
+        for name in host.registry.holds.frozen(key):
             with suppress(GoneError):
                 scopes.append(stack.enter_context(host.tree.open_scope(slice_name(key), f"{name}.scope")))
         _let_go(host, key, scopes)

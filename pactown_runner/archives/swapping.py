@@ -103,8 +103,8 @@ def sweep_fresh_homes(host: Host) -> None:
     """
     # In this order: a row is there before what it names, so what has none by now is not about to get one.
     for fresh in fresh_homes(host.settings.users_base):
-        row = host.registry.row(fresh.key, HOLD)
-        saas_user_id = host.registry.key_holder(fresh.key)
+        row = host.registry.sandboxes.row(fresh.key, HOLD)
+        saas_user_id = host.registry.users.key_holder(fresh.key)
         if saas_user_id is None or (row is not None and row.run_id == fresh.run_id):
             continue  # another state's, or in use
         _log.warning("removing %s, which an interrupted import left", fresh.path)

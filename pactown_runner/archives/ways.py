@@ -24,7 +24,7 @@ def check_way(host: Host, path: Path) -> None:
     """
     if not host.users.root_mode:
         return
-    tenants = host.registry.used_uids()
+    tenants = host.registry.users.used_uids()
     try:
         for end in {path, Path(os.path.realpath(path))}:
             for step in (*way_to(end), *([end] if os.path.lexists(end) else [])):

@@ -111,7 +111,7 @@ def _registered(settings: Settings, user_id: str, service_id: str) -> tuple[Isol
         if user is None:
             raise no_user
         users.verify(user)
-        row = registry.row(user.key, service_id)
+        row = registry.sandboxes.row(user.key, service_id)
         state_id = registry.state_id
     if row is None:
         raise NotFoundError(f"no service {service_id!r} of user {user_id!r} runs", remedy=look_for_services(user_id))

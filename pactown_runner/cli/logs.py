@@ -138,8 +138,8 @@ def _log_of(settings: Settings, user_id: str, service_id: str, *, may_come: bool
     row, runs = None, False
     if registry_path.exists():  # looking must not make one
         with Registry(registry_path) as registry:
-            row = registry.user(user_id)
-            runs = row is not None and registry.row(row.key, service_id) is not None
+            row = registry.users.row(user_id)
+            runs = row is not None and registry.sandboxes.row(row.key, service_id) is not None
     if row is None:
         raise NotFoundError(f"there is no user {user_id!r} in {settings.state_dir}", remedy=LOOK_FOR_USERS)
     path = LogPaths(settings.log_dir, settings.run_dir, row.key).log(service_id)

@@ -87,9 +87,9 @@ def list_users(settings: Settings) -> list[UserView]:
         if registry is None:
             return []
         sandboxes: dict[str, list[SandboxRow]] = {}
-        for sandbox in registry.rows():
+        for sandbox in registry.sandboxes.rows():
             sandboxes.setdefault(sandbox.key, []).append(sandbox)
-        views = (_view(registry, row, sandboxes.get(row.key, [])) for row in registry.users())
+        views = (_view(registry, row, sandboxes.get(row.key, [])) for row in registry.users.rows())
         return [view for view in views if view is not None]
 
 
@@ -102,8 +102,8 @@ def find_user(settings: Settings, user_id: str) -> UserView:
     """
     check_user_id(user_id)
     with _opened_registry(settings) as registry:
-        row = registry.user(user_id) if registry else None
-        view = _view(registry, row, registry.rows(key=row.key)) if registry and row else None
+        row = registry.users.row(user_id) if registry else None
+        view = _view(registry, row, registry.sandboxes.rows(key=row.key)) if registry and row else None
     if view is None:
         raise NotFoundError(f"there is no user {user_id!r} in {settings.state_dir}", remedy=LOOK_FOR_USERS)
     return view
@@ -113,11 +113,11 @@ def _view(registry: Registry, row: UserRow, sandboxes: list[SandboxRow]) -> User
     if row.status == "deleted":
         if not row.home.exists():
             return None
-        removal = registry.removal(row.key)
+        removal = registry.users.removal(row.key)
         if removal is None or removal.delete_home:
             return None
     named = [sandbox for sandbox in sandboxes if not sandbox.service_id.startswith("_")]
-    return UserView(row, "kept" if row.status == "deleted" else row.status, registry.standing(row.key), named)
+    return UserView(row, "kept" if row.status == "deleted" else row.status, registry.standings.get(row.key), named)
 
 
 def show_users(views: list[UserView]) -> None:

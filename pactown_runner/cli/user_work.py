@@ -181,8 +181,8 @@ def _opened(settings: Settings) -> Iterator[Host]:
 
 def _left_behind(host: Host, user_id: str) -> bool:
     """Whether a dead process claimed what would be in our way, and no server has seen to it yet."""
-    row = host.registry.user(user_id)
-    rows = host.registry.rows(key=row.key) if row else []
+    row = host.registry.users.row(user_id)
+    rows = host.registry.sandboxes.rows(key=row.key) if row else []
     return any(row.kind == "run" and not host.owner.alive(row.owner) for row in rows)
 
 

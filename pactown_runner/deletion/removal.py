@@ -95,7 +95,7 @@ def finish_removals(host: Host, *, give_up: threading.Event | None = None) -> li
     for user in host.users.unfinished_removals():
         if give_up.is_set():
             break
-        if host.registry.row(user.key, REMOVAL) is not None:
+        if host.registry.sandboxes.row(user.key, REMOVAL) is not None:
             continue  # somebody is at it
         try:
             host.users.check_ours(user.saas_user_id)
@@ -129,7 +129,7 @@ def _finish(host: Host, user: IsolatedUser, removal: Removal, give_up: threading
 def _claimed(host: Host, user: IsolatedUser) -> Iterator[Claim]:
     """Be the one who removes this user. Should we die, the next owner ends what the removal runs."""
     claim = (user.key, REMOVAL, secrets.token_hex(8))
-    host.registry.claim_removal(
+    host.registry.sandboxes.claim_removal(
         SandboxRow(
             key=user.key,
             service_id=REMOVAL,

@@ -66,7 +66,7 @@ def taken_ids(settings: Settings) -> set[int]:
     if _exists(path):
         try:
             with Registry(path) as registry:
-                taken |= registry.used_uids()
+                taken |= registry.users.used_uids()
         except RunnerError:
             pass  # `check_state` says it
     return taken
@@ -196,7 +196,7 @@ def check_state(settings: Settings) -> Iterator[Finding]:
         return
     try:
         with Registry(path) as registry:
-            users, rows = registry.users("ready"), registry.rows()
+            users, rows = registry.users.rows("ready"), registry.sandboxes.rows()
     except RunnerError as error:
         yield fail("registry", error.message, error.remedy)
     else:

@@ -107,7 +107,8 @@ async def test_a_caller_that_goes_away_changes_nothing_and_leaves_nothing(
                 importing.cancel()
                 async with leaving.stream("POST", path(USER, "export")) as answer:
                     await anext(answer.aiter_bytes(1000))
-            await eventually(lambda: not [row for row in supervisor._host.registry.rows() if row.service_id[0] == "_"])  # type: ignore[union-attr]
+            rows = supervisor._host.registry.sandboxes.rows  # type: ignore[union-attr]
+            await eventually(lambda: not [row for row in rows() if row.service_id[0] == "_"])
             # What has been let go of is closed a moment later.
             await eventually(lambda: usage(settings).descriptors == held)
         digest = hashlib.sha256(await supervisor.files.read(USER, "api", "data.bin")).hexdigest()

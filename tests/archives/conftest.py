@@ -20,7 +20,7 @@ def host(supervisor: Supervisor) -> Iterator[Host]:
     host = supervisor._host
     assert host is not None
     yield host
-    assert [row.service_id for row in host.registry.rows() if row.service_id.startswith("_")] == []
+    assert [row.service_id for row in host.registry.sandboxes.rows() if row.service_id.startswith("_")] == []
     assert [name for name in os.listdir(host.settings.users_base) if name.startswith(".fresh")] == []
 
 

@@ -60,7 +60,7 @@ def fresh(settings: Settings) -> list[Path]:
 
 async def nothing_claimed(host: Host) -> None:
     """Wait until all of a killed process is taken over: what it was just about to start may hold its lock on."""
-    await eventually(lambda: not host.registry.rows())
+    await eventually(lambda: not host.registry.sandboxes.rows())
 
 
 async def two_homes(settings: Settings) -> tuple[IsolatedUser, dict[str, Path], dict[str, dict[bytes, Look]]]:
@@ -127,7 +127,7 @@ async def test_a_killed_import_is_one_or_none(settings: Settings, child: Start) 
             number = (user.home_dir / "number").read_text()
             assert differences(homes[number], looks(user.home_dir)) == [], name
             assert fresh(settings) == []
-            assert host.registry.rows() == []
+            assert host.registry.sandboxes.rows() == []
         assert processes_of(user.linux_uid) == {}
         found.append((name, number != before))
     assert not leftovers(settings)
@@ -179,15 +179,15 @@ async def test_what_a_killed_export_had_frozen_is_thawed(settings: Settings, chi
             await eventually(scope.frozen)
             await process.killed()
             assert scope.frozen()
-            row = host.registry.row(user.key, HOLD)
+            row = host.registry.sandboxes.row(user.key, HOLD)
             assert row is not None
             await asyncio.to_thread(thaw_held, host, user.key)
             await eventually(lambda: not scope.frozen())
-        host.registry.release(user.key, HOLD, row.run_id)
+        host.registry.sandboxes.release(user.key, HOLD, row.run_id)
         # Its job is ended by whoever takes it over.
         async with Supervisor(settings=settings, role="one-shot"):
             pass
-        assert [row.service_id for row in host.registry.rows()] == ["api"]
+        assert [row.service_id for row in host.registry.sandboxes.rows()] == ["api"]
 
 
 # ---- What a killed export had frozen, and runs on under another supervisor
@@ -257,7 +257,7 @@ async def test_what_a_killed_export_had_frozen_runs_on(settings: Settings, child
     else:
         server.tell(str(settings.users_base / "archive.tar.gz"))
     with closing(Registry(settings.state_dir / "registry.db")) as registry:
-        await eventually(lambda: registry.held_still(user.key) == {"Api"})
+        await eventually(lambda: registry.holds.frozen(user.key) == {"Api"})
     frozen = find_mount().path / settings.cgroup_slice / f"pactown-{user.key}.slice/Api.scope/cgroup.events"
     await eventually(lambda: "frozen 1" in frozen.read_text())
     for process in processes:
@@ -271,7 +271,7 @@ async def test_what_a_killed_export_had_frozen_runs_on(settings: Settings, child
         assert sandbox.restarts == 0
         host = supervisor._host
         assert host is not None
-        await eventually(lambda: [row.service_id for row in host.registry.rows()] == ["Api"])
+        await eventually(lambda: [row.service_id for row in host.registry.sandboxes.rows()] == ["Api"])
         # And nobody is held any more.
         assert (await soon(supervisor.run(spec("true", service="another")))).ok
         await soon(sandbox.stop(0))

@@ -152,7 +152,7 @@ async def test_one_at_a_time(supervisor: Supervisor, host: Host, user: IsolatedU
     def both() -> None:
         export_home(host, user, archive)
         with held(host, user) as hold:
-            assert {row.service_id for row in host.registry.rows()} == {"_hold"}
+            assert {row.service_id for row in host.registry.sandboxes.rows()} == {"_hold"}
             for call in (export_home, import_home):
                 with pytest.raises(StateError, match="exported or imported"):
                     call(host, user, archive)
@@ -240,7 +240,7 @@ async def test_a_start_waits(supervisor: Supervisor, host: Host, user: IsolatedU
                 starting = asyncio.create_task(supervisor.start(spec(SLEEP, restart=again)))
             await waits(supervisor)
             assert not starting.done()
-            assert [row.service_id for row in host.registry.rows()] == ["_hold"]
+            assert [row.service_id for row in host.registry.sandboxes.rows()] == ["_hold"]
             before = time.monotonic()
         sandbox = await soon(starting)
         if kind == "run":
@@ -273,7 +273,7 @@ async def test_a_start_that_waits_can_be_stopped(supervisor: Supervisor, host: H
             with pytest.raises(StartError):
                 await soon(sandbox.kill())
             assert (await soon(run)).reason == "failed-to-start"
-    assert host.registry.absent_services() == []
+    assert host.registry.services.absent() == []
 
 
 async def test_a_supervisor_that_ends_waits_for_no_hold(settings: Settings, child: Start) -> None:
@@ -308,7 +308,7 @@ async def test_one_that_backs_off_while_all_is_frozen_is_started_afterwards(
         assert halfway.wait(PATIENCE)
 
     export = asyncio.create_task(in_thread(partial(export_home, host, user, archive, progress=on_progress)))
-    await eventually(lambda: host.registry.row(user.key, "_hold"))
+    await eventually(lambda: host.registry.sandboxes.row(user.key, "_hold"))
     await eventually(lambda: failing.state is State.BACKING_OFF and failing.course._life.due > due)
     assert (failing.restarts, failing.outcome) == (0, None)
     halfway.set()
@@ -336,7 +336,7 @@ async def test_one_that_rests_meanwhile_can_be_stopped_or_started_again(
         await eventually(lambda: failing.state is State.BACKING_OFF)
         if what == "stop":
             await soon(failing.stop())
-            assert [row.service_id for row in host.registry.rows()] == ["_hold"]
+            assert [row.service_id for row in host.registry.sandboxes.rows()] == ["_hold"]
         assert restarting.done() == (what == "stop")
     await asyncio.gather(soon(restarting), return_exceptions=True)
     assert (await soon(failing.wait())).ok == (what == "restart")
@@ -349,7 +349,7 @@ async def test_what_runs_can_be_stopped_meanwhile(supervisor: Supervisor, host: 
         assert (await soon(sandbox.stop(5))).reason == "stopped"
         with pytest.raises(HeldError, match="try again"):
             await supervisor.files.put(USER, "api", Path(__file__).parent)
-        assert [row.service_id for row in host.registry.rows()] == ["_hold"]
+        assert [row.service_id for row in host.registry.sandboxes.rows()] == ["_hold"]
 
 
 async def test_who_is_blocked_meanwhile_stays_frozen(supervisor: Supervisor, host: Host, user: IsolatedUser) -> None:

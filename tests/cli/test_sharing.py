@@ -103,8 +103,8 @@ async def in_turn(times: int, act: Callable[[str, str], Awaitable[None]]) -> Non
 def rows(settings: Settings) -> set[tuple[str, str]]:
     """Which services of whom are meant to be alive."""
     with Registry(settings.state_dir / "registry.db") as registry:
-        users = {row.key: row.saas_id for row in registry.users()}
-        return {(users[row.key], row.service_id) for row in registry.rows()}
+        users = {row.key: row.saas_id for row in registry.users.rows()}
+        return {(users[row.key], row.service_id) for row in registry.sandboxes.rows()}
 
 
 def scopes(settings: Settings) -> set[str]:

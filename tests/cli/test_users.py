@@ -88,7 +88,7 @@ def until_row(settings: Settings) -> Callable[[str], None]:
 
     def wait(name: str) -> None:
         with Registry(settings.state_dir / "registry.db") as registry:
-            while not [row for row in registry.rows() if row.service_id == name]:
+            while not [row for row in registry.sandboxes.rows() if row.service_id == name]:
                 os.sched_yield()
 
     return wait

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.host]
 async def let_go(api: Api) -> None:
     """Wait until the server has noticed that its caller went away."""
     registry = api.supervisor._host.registry  # type: ignore[union-attr]
-    await eventually(lambda: not [row for row in registry.rows() if row.service_id.startswith("_")])
+    await eventually(lambda: not [row for row in registry.sandboxes.rows() if row.service_id.startswith("_")])
 
 
 async def test_a_home_moves_from_one_user_to_another(api: Api, client: Client, tmp_path: Path) -> None:

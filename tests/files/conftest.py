@@ -43,7 +43,7 @@ async def supervisor(settings: Settings) -> AsyncIterator[Supervisor]:
         yield supervisor
         assert job_scopes(settings) == []
         assert supervisor._host is not None
-        assert supervisor._host.registry.rows() == []
+        assert supervisor._host.registry.sandboxes.rows() == []
     assert _held() == before
 
 

@@ -52,7 +52,7 @@ async def test_a_job_is_the_tenant_in_a_leaf_of_its_own(host: Host, user: Isolat
         script = "id -u; id -G; grep ^0 /proc/self/cgroup; pwd; env | sort; grep -c .; echo oops >&2; exit 7"
         argv, home = ("/bin/sh", "-c", script), [Directory(user.home_dir)]
         with job(host, user, argv, directories=home, stdin=True, stdout=True) as child:
-            (row,) = host.registry.rows()
+            (row,) = host.registry.sandboxes.rows()
             assert (row.kind, row.service_id[:5], row.owner) == ("run", "_job-", host.owner.owner_id)
             child.write(b"1\n2\n")
             assert child.wait() == 7
@@ -237,7 +237,7 @@ async def test_after_a_crash_the_next_owner_ends_what_is_left(settings: Settings
     async with Supervisor(settings=settings, role="one-shot") as supervisor:
         assert not scope.exists()
         assert supervisor._host is not None
-        assert supervisor._host.registry.rows() == []
+        assert supervisor._host.registry.sandboxes.rows() == []
         inside = user.home_dir / "sandboxes" / SERVICE
         assert not (inside / "f").exists()
         await supervisor.files.put(USER, SERVICE, b"x", "f")
