@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pactown_runner.logs import LogError, LogPaths
+from pactown_runner.logs import LogError, LogPaths, LogPump
 from tests.hostguard import Run
 from tests.logs.conftest import USER, MakePump, Write, records, soon, written
 
@@ -169,6 +170,59 @@ async def test_a_run_ends_though_a_stranger_writes_to_its_fifo_for_ever(
     await write(pump, "yes")
     await written(pump, lambda: pump.written > 0)
     await soon(pump.finish())
+    assert paths.leftovers() == set()
+
+
+def filled(pump: LogPump, text: bytes) -> int:
+    """Put so much at once into the first FIFO that it is taken in parts; returns a copy of the sandbox's end."""
+    out = os.dup(pump.child_fds[0])
+    fcntl.fcntl(out, fcntl.F_SETPIPE_SZ, 1 << 20)
+    assert os.write(out, text) == len(text)
+    return out
+
+
+NUMBERS = b"".join(b"%06d\n" % number for number in range(140_000))
+"""Nearly 1 MiB, in lines that end at no power of 2."""
+
+
+async def test_the_end_writes_down_what_no_turn_of_the_loop_has_taken(make_pump: MakePump, paths: LogPaths) -> None:
+    pump = make_pump()
+    pump.create()
+    pump.start()
+    out, err = pump.child_fds
+    os.write(out, b"one\ntwo")
+    os.write(err, b"three\n")
+    await pump.finish()
+    assert [(r.stream, r.data) for r in await records(paths)] == [
+        ("stdout", b"one\n"),
+        ("stdout", b"two"),
+        ("stderr", b"three\n"),
+    ]
+
+
+async def test_the_end_cuts_no_line_of_what_it_takes_in_parts(make_pump: MakePump, paths: LogPaths) -> None:
+    pump = make_pump()
+    pump.create()
+    os.close(filled(pump, NUMBERS))
+    await pump.finish()
+    assert [r.data for r in await records(paths)] == NUMBERS.splitlines(keepends=True)
+
+
+async def test_the_end_does_not_wait_for_what_somebody_else_has_read(make_pump: MakePump, paths: LogPaths) -> None:
+    """Any process of the tenant may open the FIFO, and read it too."""
+    pump = make_pump()
+    pump.create()
+    out = filled(pump, NUMBERS)
+    try:
+        finishing = asyncio.ensure_future(pump.finish())
+        await asyncio.sleep(0)
+        assert os.read(out, 1 << 20)
+        await soon(finishing)
+    finally:
+        os.close(out)
+    found = b"".join(r.data for r in await records(paths))
+    assert found
+    assert NUMBERS.startswith(found)
     assert paths.leftovers() == set()
 
 

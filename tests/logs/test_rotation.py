@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,37 @@ async def test_readers_keep_one_file_open(paths: LogPaths, no_fd_leak: None) -> 
     await anext(reading)
     assert len(os.listdir("/proc/self/fd")) == before + 1
     await reading.aclose()
+
+
+def test_a_file_begins_with_where_the_one_before_ended(paths: LogPaths) -> None:
+    writing = journal(paths, rotate_bytes=1, keep=100)
+    writing.open("r0", resumed=False)
+    writing.write(lines(1, 3, run_id="r0"))
+    writing.close()
+    os.makedirs(paths.spool_dir)
+    Path(paths.spools("api", "r0")[0]).touch()
+    writing.open("r1", resumed=False)
+    writing.write(lines(4, 6, run_id="r1"))
+    writing.write(lines(7, 9, run_id="r1", end=24))
+    writing.close()
+    begun = [Path(path).read_bytes().splitlines()[0] for path in (paths.log("api") + ".2", paths.log("api"))]
+    common = {"user": USER, "service": "api"}
+    assert [json.loads(mark) for mark in begun] == [
+        common | {"run": "r0", "ts": 3, "seq": 3, "spool": [24, 0], "file": 2, "left": {}},
+        common | {"run": "r1", "ts": 6, "seq": 6, "spool": [24, 0], "file": 3, "left": {"r0": [24, 0]}},
+    ]
+
+
+async def test_no_number_is_given_twice_though_all_files_that_were_put_aside_are_gone(paths: LogPaths) -> None:
+    """Or whoever has read the first file of a number would take the second one for it, and pass over it."""
+    write_all(paths, [(1, 10), (11, 20)])
+    reading = read_log(paths.log("api"), follow=True, poll=0.001)
+    assert [(await anext(reading)).seq for _ in range(20)] == list(range(1, 21))
+    os.unlink(paths.log("api") + ".1")
+    write_all(paths, [(21, 30), (31, 40)])
+    assert [(await soon(anext(reading))).seq for _ in range(20)] == list(range(21, 41))
+    await reading.aclose()
+    assert sorted(files(paths)) == ["api.jsonl", "api.jsonl.2", "api.jsonl.3"]
 
 
 # ---- Cursors
