@@ -80,8 +80,9 @@ class Collected(NamedTuple):
 class Execution:
     """A program that was executed in a running sandbox. Use it from the event loop that it was made on.
 
-    What it leaves behind when it ends stays a part of the sandbox, and ends with that. So does what a program that is
-    killed from here has started: the kill is for this one process.
+    A kill from here is for its whole process group: the program, and what it has started. What has left that, such as
+    a daemon in a session of its own, stays a part of the sandbox, and ends with that. So does what a program leaves
+    behind that ends by itself.
 
     With `async with` it has ended, killed if need be, when the block is left.
 
@@ -104,6 +105,7 @@ class Execution:
         self._pidfd = started.pidfd
         self._stdin = stdin
         self._feeding: asyncio.Task[None] | None = None
+        self._ended = False
         self._status: ExitStatus | None = None
         self._over = asyncio.Event()
         self._patience = anyio.CancelScope()
@@ -162,7 +164,7 @@ class Execution:
         return self._status
 
     async def kill(self) -> ExitStatus:
-        """Kill it, and return when it has ended; at once if it has.
+        """Kill it and what is in its process group, and return when it has ended; at once if it has.
 
         Raises:
             StateError: it has not ended after `KILL_TIMEOUT` seconds, see there. It never runs on, and is looked after
@@ -208,9 +210,12 @@ class Execution:
 
     def _kill(self) -> None:
         if not self._over.is_set():
-            # It may have ended, and been reaped by somebody else.
+            # The launcher made it the leader of a session, so that it can leave neither that nor its group. It is not
+            # reaped before it was seen to have ended; if somebody else did, its number may be another's by now.
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                if not self._ended:
+                    signal.pidfd_send_signal(self._pidfd, 0)
+                    os.killpg(self.pid, signal.SIGKILL)
             now = asyncio.get_running_loop().time()
             self._patience.deadline = min(self._patience.deadline, now + KILL_TIMEOUT)
 
@@ -222,6 +227,7 @@ class Execution:
     async def _see_end(self) -> None:
         with self._patience:
             await readable(self._pidfd)
+            self._ended = True
             self._patience.deadline = float("inf")
             self._status = await self._take_status()
 

@@ -355,16 +355,53 @@ async def test_its_end_is_its_own_and_not_its_descendants(
         assert (done.status, done.stdout) == (ExitStatus(exit_code=3), b"ready\n")
 
 
-async def test_descendants_are_the_sandboxes(supervisor: Supervisor, api: Sandbox) -> None:
-    execution = await exec_in(supervisor, api, "sleep 1000 & echo ready; wait")
-    await first_words(execution)
-    before = pids_of(supervisor, api)
-    assert await soon(execution.kill()) == KILLED
-    left = pids_of(supervisor, api)
-    assert set(before) - set(left) == {execution.pid}
-    assert len(left) == 2
+FAMILY = """
+import os, time
+for leaves in (False, True):
+    if not os.fork():
+        if os.fork():
+            os._exit(0)
+        if leaves:
+            os.setsid()
+        os.write(1, b"%d " % os.getpid())
+        time.sleep(1000)
+while True:
+    time.sleep(1000)
+"""
+"""Two orphans, of which one has left the session."""
+
+
+@each_loop
+@pytest.mark.parametrize("end", ["kill", "time-out", "block"])
+async def test_its_group_ends_with_it_and_what_has_left_that_with_the_sandbox(
+    supervisor: Supervisor, api: Sandbox, end: str
+) -> None:
+    execution = await exec_in(supervisor, api, python(FAMILY))
+    said = ""
+    while len(said.split()) < 2 or not said.endswith(" "):
+        said += (await soon(execution.stdout.receive())).decode()
+    match end:
+        case "kill":
+            assert await soon(execution.kill()) == KILLED
+        case "time-out":
+            with anyio.move_on_after(0.01):
+                await execution.communicate()
+        case "block":
+            async with execution:
+                pass
+    await eventually(lambda: len(pids_of(supervisor, api)) == 2)
+    (left,) = set(pids_of(supervisor, api)) - {api.pid}
+    assert str(left) in said.split()
+    assert os.getsid(left) == left
     await soon(api.kill())
     assert processes_of(api.user.linux_uid) == {}
+
+
+async def test_what_it_leaves_behind_stays_when_it_ends_by_itself(supervisor: Supervisor, api: Sandbox) -> None:
+    async with await exec_in(supervisor, api, "sleep 1000 & echo $!") as execution:
+        left = int(await soon(execution.stdout.receive()))
+        assert await soon(execution.wait()) == WELL
+    assert set(pids_of(supervisor, api)) == {api.pid, left}
 
 
 @each_loop

@@ -63,8 +63,8 @@ def execute(
     """Execute a further program in a service that runs, whichever process looks after that.
 
     It is born in the service's cgroup, with its identity, environment and namespaces; counts against its limits; and
-    ends with it. Its output comes out here and not in the log. When this command is interrupted, the program is killed;
-    what it has started stays a part of the service.
+    ends with it. Its output comes out here and not in the log. When this command is interrupted, the program is killed
+    with its process group; what has left that stays a part of the service.
     """
     with errors_told(EXEC_FAILED, as_json=False):
         settings = load_settings(users_base, config)

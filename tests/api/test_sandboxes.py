@@ -171,8 +171,10 @@ async def test_a_program_is_executed_and_its_output_told(api: Api) -> None:
         await client.post(BOX + "/exec", json={"command": "echo $A; pwd; kill -9 $$", "env": {"A": "b"}, "cwd": "/"})
     ).json()
     assert (answer["exit_code"], answer["signal"], answer["stdout"]) == (None, 9, "b\n/\n")
-    answer = (await client.post(BOX + "/exec", json={"command": "echo a; sleep 600", "timeout": 0.5})).json()
+    answer = (await client.post(BOX + "/exec", json={"command": "echo a; sleep 600 & wait", "timeout": 0.5})).json()
     assert (answer["timed_out"], answer["stdout"], answer["signal"]) == (True, "a\n", 9)
+    uid = api.supervisor.get(USER, "api").user.linux_uid
+    await eventually(lambda: len(processes_of(uid)) == 1)
     answer = (await client.post(BOX + "/exec", json={"command": "head -c 3000000 /dev/zero"})).json()
     assert (len(answer["stdout"]), answer["dropped"]) == (1 << 20, 3_000_000 - (1 << 20))
 
@@ -181,8 +183,8 @@ async def test_an_execution_ends_with_its_caller(api: Api) -> None:
     client = await api.client()
     await started(client)
     uid = api.supervisor.get(USER, "api").user.linux_uid
-    asking = asyncio.create_task(client.post(BOX + "/exec", json={"command": ["sleep", "601"], "timeout": 600}))
-    await eventually(lambda: len(processes_of(uid)) == 2)
+    asking = asyncio.create_task(client.post(BOX + "/exec", json={"command": "sleep 601 & wait", "timeout": 600}))
+    await eventually(lambda: len(processes_of(uid)) == 3)
     asking.cancel()
     await eventually(lambda: len(processes_of(uid)) == 1)
 
