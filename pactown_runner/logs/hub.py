@@ -61,6 +61,25 @@ class LogHub:
             self._scheduled = True
             self.loop.call_soon(self._run)
 
+    async def complete(self, turn: Callable[[], bool]) -> None:
+        """Call `turn` as `add` does, and return when it has returned False. What it raises is raised here."""
+        done: asyncio.Future[None] = self.loop.create_future()
+
+        def take() -> bool:
+            if done.done():  # who waited was cancelled
+                return False
+            try:
+                more = turn()
+            except Exception as error:
+                done.set_exception(error)
+                return False
+            if not more:
+                done.set_result(None)
+            return more
+
+        self.add(take)
+        await done
+
     def _poll(self) -> None:
         for fd, _ in self._epoll.poll(0, _EVENTS_AT_ONCE):
             # A callback may have ended another one's listening.

@@ -257,11 +257,11 @@ class LogPump:
         self._timer = self._telling = None
         # A turn that is still queued sees this, and does nothing.
         self._started = False
+
+    def _close(self) -> None:
         if self._owns_hub and self._hub is not None:
             self._hub.close()
             self._hub = None
-
-    def _close(self) -> None:
         for fifo in self._fifos:
             fifo.close()
         if self._writer is not None:
@@ -271,21 +271,26 @@ class LogPump:
     async def _drain(self, owed: list[int]) -> None:
         writer = self._open_writer()
         writer.flush()
-        busy = True
-        while busy or any(owed):
-            busy = False
-            for index, fifo in enumerate(self._fifos):
-                if owed[index] and writer.backlog(index) < BACKLOG_BYTES:
-                    moved = writer.take(index, fifo.fd, min(owed[index], TAKE_BYTES))
-                    self._spend(moved)
-                    # 0: somebody else with this uid has read it.
-                    owed[index] = owed[index] - moved if moved else 0
-                if writer.render(index, at_end=not owed[index]):
-                    busy = True
-            self._wrote(writer)
-            await asyncio.sleep(0)
+        if self._hub is None:
+            self._hub = LogHub()
+        # In turn with all others: many runs may end at once, each with a full FIFO.
+        await self._hub.complete(partial(self._drain_some, writer, owed))
         writer.count_dropped()
         self._wrote(writer)
+
+    def _drain_some(self, writer: Writer, owed: list[int]) -> bool:
+        """Take and render a bounded part of what is left; True if there is more."""
+        busy = False
+        for index, fifo in enumerate(self._fifos):
+            if owed[index] and writer.backlog(index) < BACKLOG_BYTES:
+                moved = writer.take(index, fifo.fd, min(owed[index], TAKE_BYTES))
+                self._spend(moved)
+                # 0: somebody else with this uid has read it.
+                owed[index] = owed[index] - moved if moved else 0
+            if writer.render(index, at_end=not owed[index]):
+                busy = True
+        self._wrote(writer)
+        return busy or any(owed)
 
     # ---- in between: taking
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pactown_runner.logs import LogError, LogPaths, LogPump
+from pactown_runner.logs import LogError, LogHub, LogPaths, LogPump
+from pactown_runner.logs.writer import TURN_RECORDS
 from tests.hostguard import Run
 from tests.logs.conftest import USER, MakePump, Write, records, soon, written
 
@@ -208,6 +209,37 @@ async def test_the_end_cuts_no_line_of_what_it_takes_in_parts(make_pump: MakePum
     assert [r.data for r in await records(paths)] == NUMBERS.splitlines(keepends=True)
 
 
+async def test_runs_that_end_together_take_turns_with_all_others(make_pump: MakePump, paths: LogPaths) -> None:
+    hub = LogHub(hold=0)  # one turn each time that the loop comes round
+    pumps = [make_pump(f"s{number}", hub=hub) for number in range(5)]
+    for pump in pumps:
+        pump.create()
+        os.write(pump.child_fds[0], b"\n" * 5000)
+    ending = asyncio.gather(*(pump.finish() for pump in pumps))
+    most = before = 0
+    while not ending.done():
+        await asyncio.sleep(0)
+        total = sum(pump.written for pump in pumps)
+        most, before = max(most, total - before), total
+    await ending
+    hub.close()
+    assert before == 25_000
+    assert most == TURN_RECORDS
+
+
+async def test_an_end_that_is_cancelled_can_be_asked_for_again(make_pump: MakePump, paths: LogPaths) -> None:
+    pump = make_pump()
+    pump.create()
+    os.close(filled(pump, NUMBERS))
+    ending = asyncio.ensure_future(pump.finish())
+    await soon(written(pump, lambda: pump.written > 0))
+    ending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await ending
+    await pump.finish()
+    assert [r.data for r in await records(paths)] == NUMBERS.splitlines(keepends=True)
+
+
 async def test_the_end_does_not_wait_for_what_somebody_else_has_read(make_pump: MakePump, paths: LogPaths) -> None:
     """Any process of the tenant may open the FIFO, and read it too."""
     pump = make_pump()
@@ -215,7 +247,7 @@ async def test_the_end_does_not_wait_for_what_somebody_else_has_read(make_pump: 
     out = filled(pump, NUMBERS)
     try:
         finishing = asyncio.ensure_future(pump.finish())
-        await asyncio.sleep(0)
+        await soon(written(pump, lambda: pump.written > 0))
         assert os.read(out, 1 << 20)
         await soon(finishing)
     finally:
