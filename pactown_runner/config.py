@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from cgroups import MAX, FormatError, Limits, parse_bytes
 
 from .errors import ConfigError
-from .tiers import DEFAULT_TIERS, Tier, parse_tiers
+from .tiers import DEFAULT_TIERS, LEAST_DISK, Tier, parse_tiers
 from .tokens import Token, parse_tokens
 
 __all__ = ["DEFAULT_CONFIG", "DEFAULT_USERS_BASE", "Settings"]
@@ -188,7 +188,7 @@ class Settings:
                 raise ConfigError(f"{name} must be a number above 0, and 1 at most, not {value!r}")
         for name, least in _WHOLE_NUMBERS.items():
             _check_whole_number(name, getattr(self, name), least)
-        for name, least in _QUOTAS.items():
+        for name, least in LEAST_DISK.items():
             if (value := getattr(self, name)) != MAX:
                 _check_whole_number(name, value, least)
         if self.log_cap_bytes < self.log_rotate_bytes:
@@ -303,14 +303,12 @@ _WHOLE_NUMBERS = {
     "venv_keep": 0,
 }
 """And the least that each may be."""
-_QUOTAS = {"tenant_disk_max": 4096, "tenant_inodes_max": 1}
-"""May be `max` as well; and the least that each may be else: what an empty home takes."""
 _INTERVALS = ("takeover_interval", "throttled_interval", "api_timeout", "venv_timeout")
 _SHARES = ("memory_pressure_share", "cpu_pressure_share", "throttled_share")
 _OPTIONAL = (
     *("api_group", "api_listen"),
     *("log_rate_bytes", "max_sandboxes", "max_sandboxes_per_user", "starts_per_minute"),
-    *("tenant_disk_max", "tenant_inodes_max"),
+    *LEAST_DISK,
     *("venv_python", "venv_index", *_SHARES),
 )
 """May be `None`, which an environment variable says by the word `none`."""

@@ -202,7 +202,7 @@ class Purge:
         if self._registry is None or not rows:
             return
         # Whoever is only made to be removed needs no disk, and where limits cannot be enforced would not be made.
-        users = Users(replace(self.settings, tenant_disk_max=None, tenant_inodes_max=None), self._registry)
+        users = Users(replace(self.settings, tenant_disk_max=None, tenant_inodes_max=None, tiers=()), self._registry)
         with ExitStack() as held:
             tree = self._tree(held)
             for row in rows:

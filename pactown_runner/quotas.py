@@ -15,7 +15,7 @@ import functools
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from errno import ENOENT
 from pathlib import Path
@@ -23,9 +23,13 @@ from typing import Literal, NamedTuple
 
 from cgroups import MAX
 
+from .config import Settings
 from .errors import LimitsError
+from .models import IsolatedUser
+from .registry import Registry
+from .tiers import Tier
 
-__all__ = ["Quotas", "State", "TenantQuotas", "UserQuota", "quotas_at"]
+__all__ = ["DiskLimits", "Quotas", "State", "TenantQuotas", "UserQuota", "quotas_at"]
 
 State = Literal["enforced", "counted", "off"]
 """What a file system does with user quotas: it holds users to their limits, it only counts, or neither."""
@@ -41,6 +45,7 @@ _QSTAT_BYTES = 256
 _QSTAT_FLAGS = struct.Struct("2xH")  # of `struct fs_quota_stat`, linux/dqblk_xfs.h; it has 80 bytes
 _ACCOUNTED, _ENFORCED = 1, 2
 _KIB = 1024
+_WITHOUT = "set neither tenant_disk_max nor tenant_inodes_max, nor for a tier"
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -113,7 +118,7 @@ class Quotas:
             raise LimitsError(
                 f"the file system of {self._where()} does not hold users to disk quotas: "
                 + ("it only counts" if state == "counted" else "it has none"),
-                remedy=f"{self.remedy()}; or set neither tenant_disk_max nor tenant_inodes_max",
+                remedy=f"{self.remedy()}; or {_WITHOUT}",
             )
 
     def _limit(self, uid: int, disk_max: int | str | None, inodes_max: int | str | None) -> None:
@@ -155,53 +160,115 @@ class Quotas:
         return os.readlink(f"/proc/self/fd/{self._fd}")
 
 
+class DiskLimits(NamedTuple):
+    """What a tenant may take of the file system that homes are on; see `Quotas.limit`."""
+
+    disk_max: int | str | None
+    inodes_max: int | str | None
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a limit to hold anybody to."""
+        return _any_limit(*self)
+
+    def succeeding(self, before: DiskLimits) -> DiskLimits:
+        """What to set so that these hold where others did: also that what is limited no more is not."""
+        return DiskLimits(
+            *(MAX if new is None and old is not None else new for new, old in zip(self, before, strict=True))
+        )
+
+
 class TenantQuotas:
-    """What the settings say of each tenant's disk, and whom this process holds to it already. Thread-safe.
+    """What the settings, and tiers, say of each tenant's disk, and whom this process holds to it already. Thread-safe.
 
     Args:
-        disk_max, inodes_max: see `Quotas.limit`.
+        settings: those of the state.
+        registry: says who has which tier.
     """
 
-    def __init__(self, disk_max: int | str | None, inodes_max: int | str | None) -> None:
-        self._limits = (disk_max, inodes_max)
+    def __init__(self, settings: Settings, registry: Registry) -> None:
+        self._root_mode = settings.root_mode
+        self._base = Path(os.path.abspath(settings.users_base))
+        self._registry = registry
+        self._general = DiskLimits(settings.tenant_disk_max, settings.tenant_inodes_max)
+        self._of_tiers = {tier.name: self._of_tier(tier) for tier in settings.tiers}
+        self._limiting = any(limits.any for limits in (self._general, *self._of_tiers.values()))
         self._held: set[int] = set()
 
-    def __bool__(self) -> bool:
-        """Whether there is a limit to hold anybody to."""
-        return _any_limit(*self._limits)
+    def _of_tier(self, tier: Tier) -> DiskLimits:
+        own = (tier.tenant_disk_max, tier.tenant_inodes_max)
+        return DiskLimits(
+            *(most if of_tier is None else of_tier for of_tier, most in zip(own, self._general, strict=True))
+        )
 
-    def check(self, directory: Path) -> None:
-        """See that whoever gets a home in this directory can be held to the limits. Raises `LimitsError` if not."""
-        if self:
-            there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
-            with quotas_at(there.resolve()) as quotas:
-                quotas.require()
+    def limits(self, tier: str | None) -> DiskLimits:
+        """Those of the tenants of a tier, or of none."""
+        return self._general if tier is None else self._of_tiers.get(tier, self._general)
 
-    def hold(self, home: Path, uid: int, *, anew: bool = False) -> None:
-        """Hold the owner of a home to the limits.
+    def check(self, keys: Iterable[str | None]) -> None:
+        """See that users with these keys could be held to their limits; None stands for one who is to be made.
+
+        Raises:
+            LimitsError: one of them could not.
+        """
+        if self._limiting:
+            try:
+                self._require()
+            except LimitsError:
+                if any(self._limits_of(key).any for key in keys):
+                    raise
+
+    def hold(self, user: IsolatedUser, *, anew: bool = False) -> None:
+        """Hold a user to its limits.
 
         Args:
             anew: also if this process has done so before.
 
         Raises:
-            LimitsError: it would not be enforced here, or cannot be set.
+            LimitsError: they would not be enforced here, or cannot be set.
         """
-        if self._limits == (None, None) or (uid in self._held and not anew):
-            return
-        try:
-            with quotas_at(home) as quotas:
-                quotas.limit(uid, *self._limits)
-        except OSError as error:
-            raise LimitsError(f"cannot look at the home {home}: {error.strerror}") from error
-        self._held.add(uid)
+        if anew or user.linux_uid not in self._held:
+            self._set(user, self._limits_of(user.key))
 
-    def lift(self, directory: Path, uid: int) -> None:
+    def change(self, user: IsolatedUser, before: str | None, after: str | None) -> None:
+        """Hold a user to another tier's limits. Raises `LimitsError`, and changes nothing, if that cannot be done."""
+        if (limits := self.limits(after)) != self.limits(before):
+            self._set(user, limits.succeeding(self.limits(before)))
+
+    def lift(self, uid: int) -> None:
         """Leave no limit to whoever has this uid next. Raises `LimitsError` if that cannot be done."""
         self._held.discard(uid)
-        with contextlib.suppress(FileNotFoundError), quotas_at(directory) as quotas:
+        with contextlib.suppress(FileNotFoundError), quotas_at(self._base) as quotas:
             found = quotas.of(uid)
             if found is not None and (found.disk_max, found.inodes_max) != (None, None):
                 quotas.limit(uid, MAX, MAX)
+
+    def _limits_of(self, key: str | None) -> DiskLimits:
+        return self._general if key is None else self.limits(self._registry.standings.get(key).tier)
+
+    def _require(self) -> None:
+        if not self._root_mode:
+            raise LimitsError(
+                "tenants' disk cannot be limited without root: all their files are the same user's",
+                remedy=f"run as root, or {_WITHOUT}",
+            )
+        there = next(path for path in (self._base, *self._base.parents) if os.path.exists(path))
+        with quotas_at(there.resolve()) as quotas:
+            quotas.require()
+
+    def _set(self, user: IsolatedUser, limits: DiskLimits) -> None:
+        if not self._root_mode:
+            # Users have one uid then, so that it tells of none that it is held.
+            if limits.any:
+                self._require()
+            return
+        if limits != (None, None):
+            try:
+                with quotas_at(user.home_dir) as quotas:
+                    quotas.limit(user.linux_uid, *limits)
+            except OSError as error:
+                raise LimitsError(f"cannot look at the home {user.home_dir}: {error.strerror}") from error
+        self._held.add(user.linux_uid)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,9 @@ from typing import Any
 from cgroups import MAX, IoMax, Limits
 
 from .config import Settings
-from .errors import SpecError
+from .errors import LimitsError, SpecError
+from .models import IsolatedUser
+from .quotas import TenantQuotas
 from .registry import Registry, Standing
 from .tiers import Tier
 from .trees import Tree
@@ -43,6 +45,7 @@ class Standings:
     def __init__(self, settings: Settings, registry: Registry) -> None:
         self._settings = settings
         self._registry = registry
+        self._quotas = TenantQuotas(settings, registry)
         self._tiers = {tier.name: tier for tier in settings.tiers}
         # Otherwise no start needs to ask.
         self._limiting = any(tier.default_limits is not None for tier in settings.tiers)
@@ -77,7 +80,7 @@ class Standings:
         """The limits on this user's slice."""
         return self._limits(self.of(key))
 
-    def change(self, tree: Tree | None, key: str, standing: Standing) -> None:
+    def change(self, tree: Tree | None, user: IsolatedUser, standing: Standing) -> None:
         """Give a user another standing, and have it hold for what runs of it; blocking.
 
         What is just being started when the user is blocked runs on: whoever owns it is to freeze it when it has.
@@ -94,9 +97,15 @@ class Standings:
             raise SpecError(
                 f"there is no tier {standing.tier!r}", remedy=f"choose from {', '.join(sorted(self._tiers))}"
             )
+        key = user.key
         before = self.of(key)
+        self._quotas.change(user, before.tier, standing.tier)
         if tree is not None:
-            tree.limit_tenant(key, succeeding(self._limits(before), self._limits(standing)))
+            try:
+                tree.limit_tenant(key, succeeding(self._limits(before), self._limits(standing)))
+            except LimitsError:
+                self._quotas.change(user, standing.tier, before.tier)
+                raise
         self._registry.standings.set(key, standing)
         if tree is not None and (standing.blocked or before.blocked):
             tree.hold_still(key, standing.blocked)

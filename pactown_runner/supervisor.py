@@ -156,6 +156,8 @@ class Supervisor:
             LogPaths(settings.log_dir, settings.run_dir, "").prepare()
             quick = held.enter_context(Registry(registry.path, waits=False))
             users, standings = Users(settings, registry), Standings(settings, registry)
+            if self._role == "server":
+                users.check_quotas()
             try:
                 tree = open_tree(
                     cgroup_slice=settings.cgroup_slice,

@@ -224,7 +224,7 @@ class SupervisorUsers:
             host = here.host
             before = await self.standing(user_id)
             try:
-                await to_thread.run_sync(host.standings.change, host.tree, user.key, standing)
+                await to_thread.run_sync(host.standings.change, host.tree, user, standing)
             except CgroupError as error:
                 raise StateError(error.message, remedy=error.remedy) from error
             if standing.blocked or before.blocked:

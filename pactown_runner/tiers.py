@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from cgroups import FormatError, Limits
+from cgroups import MAX, FormatError, Limits, parse_bytes
 
 from .errors import ConfigError
 
-__all__ = ["DEFAULT_TIERS", "Tier", "parse_tiers"]
+__all__ = ["DEFAULT_TIERS", "LEAST_DISK", "Tier", "parse_tiers"]
+
+LEAST_DISK = {"tenant_disk_max": 4096, "tenant_inodes_max": 1}
+"""Limits on a tenant's disk, and the least that each may be: what an empty home takes."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 
@@ -24,6 +27,8 @@ class Tier:
         name: such as `free`.
         default_limits: a sandbox's limits where its spec gives none.
         tenant_limits: limits on the tenant's slice, over all its sandboxes.
+        tenant_disk_max: the most bytes of disk that the tenant's files take, or `max` for no limit.
+        tenant_inodes_max: the same for how many files, folders and links there are.
         max_sandboxes: the most that the tenant runs at once; instead of the setting `max_sandboxes_per_user`.
         starts_per_hour: how many starts it has, as a rate and as the most at once; besides `starts_per_minute`.
 
@@ -34,6 +39,8 @@ class Tier:
     name: str
     default_limits: Limits | None = None
     tenant_limits: Limits | None = None
+    tenant_disk_max: int | str | None = None
+    tenant_inodes_max: int | str | None = None
     max_sandboxes: int | None = None
     starts_per_hour: float | None = None
 
@@ -45,9 +52,12 @@ class Tier:
                 f"tenant_limits of tier {self.name} cannot have memory_oom_group: one service would take all along",
                 remedy="set it in default_limits",
             )
-        most = self.max_sandboxes
-        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 0):
-            raise ConfigError(f"max_sandboxes of tier {self.name} must be a whole number, 0 or more, not {most!r}")
+        for name, least in {"max_sandboxes": 0, **LEAST_DISK}.items():
+            most = getattr(self, name)
+            if most is None or (most == MAX and name in LEAST_DISK):
+                continue
+            if not isinstance(most, int) or isinstance(most, bool) or most < least:
+                raise ConfigError(f"{name} of tier {self.name} must be a whole number, {least} or more, not {most!r}")
         rate = self.starts_per_hour
         if rate is not None and not (isinstance(rate, int | float) and 0 < rate < float("inf")):
             raise ConfigError(f"starts_per_hour of tier {self.name} must be a number above 0, not {rate!r}")
@@ -63,6 +73,8 @@ class Tier:
             for limits in {"default_limits", "tenant_limits"} & values.keys():
                 if values[limits] is not None:
                     values[limits] = Limits(**values[limits])
+            if values.get("tenant_disk_max") is not None:
+                values["tenant_disk_max"] = parse_bytes(values["tenant_disk_max"])
             return replace(self, **{**values, "name": self.name})
         except ConfigError:
             raise

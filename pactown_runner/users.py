@@ -18,7 +18,7 @@ from pathlib import Path
 from .accounts import MAX_NAME, PREFIX, Accounts
 from .config import Settings
 from .database import exclusive
-from .errors import AccountError, LimitsError, NotFoundError, StateError
+from .errors import AccountError, NotFoundError, StateError
 from .home_dirs import make_home
 from .models import IsolatedUser
 from .quotas import TenantQuotas
@@ -53,7 +53,7 @@ class Users:
         self._users_base = Path(os.path.abspath(settings.users_base))
         self._registry = registry
         self._accounts = Accounts(self._users_base, settings.uid_ranges, registry.state_id)
-        self._quotas = TenantQuotas(settings.tenant_disk_max, settings.tenant_inodes_max)
+        self._quotas = TenantQuotas(settings, registry)
 
     def get(self, saas_user_id: str) -> IsolatedUser | None:
         """The user of this id, or None if there is none, or none that is whole.
@@ -73,13 +73,13 @@ class Users:
         Raises:
             SpecError: the id is malformed.
             AccountError: the account cannot be made, or is not what it was.
-            LimitsError: the settings limit tenants' disk, and that cannot be enforced; no user was made.
+            LimitsError: the user's disk is to be limited, and that cannot be enforced; no user was made.
             StateError: the user is being removed.
             RegistryError: see `Registry`.
         """
         row = self._registry.users.row(check_user_id(saas_user_id))
         if row is None or row.status != "ready":
-            self._check_quotas()
+            self._quotas.check([None if row is None else row.key])
             row = self._make(saas_user_id)
         user = row.user()
         self.verify(user)
@@ -97,24 +97,22 @@ class Users:
             )
 
     def hold_to_quotas(self, user: IsolatedUser) -> None:
-        """Have the settings' limits on a tenant's disk hold for this one; only once in the life of this object.
+        """Have the limits on this user's disk hold, the settings' or its tier's; only once in the life of this object.
 
         Raises:
             LimitsError: they cannot be enforced.
         """
-        if self.root_mode:
-            self._quotas.hold(user.home_dir, user.linux_uid)
-        else:
-            self._check_quotas()
+        self._quotas.hold(user)
 
-    def _check_quotas(self) -> None:
-        if self.root_mode:
-            self._quotas.check(self._users_base)
-        elif self._quotas:
-            raise LimitsError(
-                "tenants' disk cannot be limited without root: all their files are the same user's",
-                remedy="run as root, or set neither tenant_disk_max nor tenant_inodes_max",
-            )
+    def check_quotas(self) -> None:
+        """See that limits on disk can be enforced: the settings', and those of tiers of users for whom something runs.
+
+        For whoever takes over what runs: what is not held to its limits would have to be ended.
+
+        Raises:
+            LimitsError: they cannot be.
+        """
+        self._quotas.check([None, *{row.key for row in self._registry.sandboxes.rows()}])
 
     def check_ours(self, saas_user_id: str) -> None:
         """See that whatever carries the user's uid is the user's: what was made is as it was made, or gone.
@@ -172,7 +170,7 @@ class Users:
                     remedy="call begin_removal first",
                 )
             if not row.virtual:
-                self._quotas.lift(self._users_base, row.uid)
+                self._quotas.lift(row.uid)
                 self._accounts.delete(row)
             self._registry.users.tombstone(row)
 
@@ -206,8 +204,7 @@ class Users:
                         row = self._registry.users.reassign(row, self._choose(saas_user_id))
                     self._accounts.create(row)
                 make_home(self._users_base, row.username, row.uid, row.gid, kept=kept)
-                if self.root_mode:
-                    self._quotas.hold(row.home, row.uid, anew=True)
+                self._quotas.hold(row.user(), anew=True)
                 row = self._registry.users.mark_ready(row)
             return row
 

@@ -258,3 +258,9 @@ def test_how_much_of_the_disk_is_a_tenants(toml: Path) -> None:
     assert (settings.tenant_disk_max, settings.tenant_inodes_max) == ("max", 50)
     settings = Settings.load(config=toml, environ={"PACTOWN_TENANT_DISK_MAX": "none"}, tenant_inodes_max="max")
     assert (settings.tenant_disk_max, settings.tenant_inodes_max) == (None, "max")
+    toml.write_text(
+        '[tiers.pro]\ntenant_disk_max = "10G"\n[tiers.free]\ntenant_disk_max = "max"\ntenant_inodes_max = 50'
+    )
+    found = Settings.load(config=toml, environ={}).tiers
+    tiers = {tier.name: (tier.tenant_disk_max, tier.tenant_inodes_max) for tier in found}
+    assert (tiers["pro"], tiers["free"], tiers["basic"]) == ((10 << 30, None), ("max", 50), (None, None))

@@ -20,10 +20,11 @@ from pactown_runner.doctor.host import check_quotas
 from pactown_runner.errors import LimitsError
 from pactown_runner.purge import Purge
 from pactown_runner.quotas import quotas_at
-from pactown_runner.registry import Registry
+from pactown_runner.registry import Registry, Standing
+from pactown_runner.tiers import Tier
 from pactown_runner.users import Users
 from tests import hostsweep
-from tests.supervising import ROOT, USER, Child, eventually, leftovers, processes_of, spec
+from tests.supervising import ROOT, USER, Child, leftovers, processes_of, spec
 
 if TYPE_CHECKING:
     from tests.hostguard import Run
@@ -70,11 +71,44 @@ def test_a_limit_that_would_not_be_enforced_is_an_error_and_makes_nothing(
 
 async def test_nothing_starts_where_a_limit_would_not_be_enforced(unlimited: Settings) -> None:
     settings = replace(unlimited, tenant_disk_max=1 << 20)
-    async with Supervisor(settings=settings) as supervisor:
+    with pytest.raises(LimitsError, match="does not hold users to disk quotas"):
+        await Supervisor(settings=settings).__aenter__()
+    # One that takes over no services may be used to look, and to remove.
+    async with Supervisor(settings=settings, role="one-shot") as supervisor:
         with pytest.raises(LimitsError):
             await supervisor.start(spec("true"))
         assert await supervisor.users.list() == []
     assert leftovers(settings) == []
+
+
+def limiting(settings: Settings) -> Settings:
+    return replace(settings, tiers=(Tier(name="limited", tenant_disk_max=1 << 20), Tier(name="plain")))
+
+
+async def test_a_tier_with_a_limit_that_would_not_be_enforced_is_not_given(unlimited: Settings) -> None:
+    async with Supervisor(settings=limiting(unlimited)) as supervisor:
+        sandbox = await supervisor.start(spec(["sleep", "1000"]))
+        await supervisor.users.set_standing(USER, Standing("plain"))
+        with pytest.raises(LimitsError, match="does not hold users to disk quotas") as caught:
+            await supervisor.users.set_standing(USER, Standing("limited"))
+        assert "nor for a tier" in str(caught.value.remedy)
+        assert await supervisor.users.standing(USER) == Standing("plain")
+        with closing(Registry(unlimited.state_dir / "registry.db")) as registry:
+            # One who has it all the same can be blocked, starts nothing in another process, and gets another.
+            registry.standings.set(sandbox.user.key, Standing("limited"))
+            await supervisor.users.set_standing(USER, Standing("limited", blocked=True))
+            assert sandbox.state == "frozen"
+            users = Users(limiting(unlimited), registry)
+            for refused in (users.check_quotas, lambda: users.get_or_create(USER)):
+                with pytest.raises(LimitsError):
+                    refused()
+            assert users.get_or_create("other")
+            await supervisor.users.set_standing(USER, Standing())
+            assert sandbox.state == "running"
+            registry.standings.set(sandbox.user.key, Standing("limited"))
+            await sandbox.stop(0)
+            users.check_quotas()  # nothing runs for it
+    assert leftovers(unlimited) == []
 
 
 STARTED = """
@@ -85,18 +119,28 @@ async def work(supervisor):
 """
 
 
-@pytest.mark.parametrize("limited", [False, True])
-async def test_nothing_is_gone_on_with_where_a_limit_would_not_be_enforced(unlimited: Settings, limited: bool) -> None:
+@pytest.mark.parametrize("tier", [None, "limited"])
+async def test_what_runs_is_left_as_it_is_where_a_limit_would_not_be_enforced(
+    unlimited: Settings, tier: str | None
+) -> None:
+    """It is not gone on with, and not ended; whoever comes when that is put right goes on with it."""
     with closing(Child(unlimited, STARTED)) as process:
         assert await process.line() == "started"
         await process.killed()
-    settings = replace(unlimited, tenant_disk_max=1 << 20) if limited else unlimited
-    async with Supervisor(settings=settings) as supervisor:
-        (user,) = await supervisor.users.list()
-        found: list[str] = [] if limited else ["running"]
-        await eventually(lambda: bool(processes_of(user.linux_uid)) != limited)
-        await eventually(lambda: [sandbox.state for sandbox in supervisor.list()] == found)
-    assert leftovers(settings) == []
+    with closing(Registry(unlimited.state_dir / "registry.db")) as registry:
+        (user,) = Users(unlimited, registry).list()
+        registry.standings.set(user.key, Standing(tier))
+        rows, processes = registry.sandboxes.rows(), set(processes_of(user.linux_uid))
+        limited = replace(unlimited, tenant_disk_max=1 << 20) if tier is None else limiting(unlimited)
+        for _ in range(2):
+            with pytest.raises(LimitsError, match="does not hold users to disk quotas"):
+                await Supervisor(settings=limited).__aenter__()
+            assert (registry.sandboxes.rows(), set(processes_of(user.linux_uid))) == (rows, processes)
+        registry.standings.set(user.key, Standing())
+    async with Supervisor(settings=unlimited) as supervisor:
+        assert [sandbox.state for sandbox in supervisor.list()] == ["running"]
+        assert set(processes_of(user.linux_uid)) == processes
+    assert leftovers(unlimited) == []
 
 
 async def test_a_home_that_was_kept_is_purged_where_a_limit_would_not_be_enforced(unlimited: Settings) -> None:
@@ -161,7 +205,7 @@ def test_without_root_there_is_no_limit(test_run: Run) -> None:
     assert done.returncode == 0, done.stderr
     free, lifted, limited = json.loads(done.stdout)
     assert free == lifted == [uid, []]
-    assert limited == ["run as root, or set neither tenant_disk_max nor tenant_inodes_max", ["fail"]]
+    assert limited == ["run as root, or set neither tenant_disk_max nor tenant_inodes_max, nor for a tier", ["fail"]]
     hostsweep.remove_file(base)
 
 
@@ -170,6 +214,7 @@ def test_the_doctor_tells_of_quotas(unlimited: Settings) -> None:
         (unlimited, "warn", "one tenant can fill it"),
         (replace(unlimited, tenant_disk_max=MAX), "warn", "one tenant can fill it"),
         (replace(unlimited, tenant_inodes_max=5), "fail", "tenant_inodes_max cannot be enforced"),
+        (limiting(unlimited), "fail", "tenant_disk_max of tier limited cannot be enforced"),
     ):
         (finding,) = check_quotas(settings)
         assert (finding.check, finding.status) == ("users_base.quota", status)

@@ -15,6 +15,7 @@ from cgroups import Limits
 from pactown_runner import Settings
 from pactown_runner.admission import Admission
 from pactown_runner.errors import AdmissionError, BlockedError, SpecError
+from pactown_runner.models import IsolatedUser
 from pactown_runner.registry import Quota, Quotas, Registry, SandboxRow, Standing, UserRow
 from pactown_runner.standings import Standings, succeeding
 from pactown_runner.tiers import Tier
@@ -25,6 +26,10 @@ KEY, OTHER = "aaaaaaaa", "bbbbbbbb"
 
 def row(service_id: str = "api", key: str = KEY, run_id: str = "r1") -> SandboxRow:
     return SandboxRow(key, service_id, run_id, "o1", "service", "{}", "/x", 1.0)
+
+
+def user_of(key: str) -> IsolatedUser:
+    return IsolatedUser(key, f"pactown_{key}", 64100, 64100, Path("/x"), 1.0)
 
 
 @pytest.fixture
@@ -146,11 +151,11 @@ def test_limits_are_the_tiers_where_it_says_some(registry: Registry) -> None:
 
     assert pids() == (3, 4)
     for tier, most in (("own", (1, 2)), ("plain", (3, 4)), (None, (3, 4))):
-        standings.change(None, KEY, Standing(tier))
+        standings.change(None, user_of(KEY), Standing(tier))
         assert standings.of(KEY) == Standing(tier)
         assert pids() == most
     with pytest.raises(SpecError, match="no tier 'gold'") as caught:
-        standings.change(None, KEY, Standing("gold"))
+        standings.change(None, user_of(KEY), Standing("gold"))
     assert caught.value.remedy == "choose from own, plain"
     assert standings.of(KEY) == Standing()
 
@@ -201,10 +206,10 @@ def test_a_tenant_is_held_still_with_all_that_it_runs(registry: Registry, slice_
         scopes = {(key, name): tree.scope(key, name, "r1") for key in (KEY, OTHER) for name in ("a", "b", "_job-1")}
         standings = Standings(Settings(cgroup_slice=slice_name), registry)
         for blocked in (True, True, False):
-            standings.change(tree, KEY, Standing(blocked=blocked))
+            standings.change(tree, user_of(KEY), Standing(blocked=blocked))
             still = {place for place, scope in scopes.items() if scope.frozen()}
             assert still == ({(KEY, "a"), (KEY, "b")} if blocked else set())
-        standings.change(tree, "cccccccc", Standing(blocked=True))
+        standings.change(tree, user_of("cccccccc"), Standing(blocked=True))
         for scope in scopes.values():
             scope.remove()
             scope.close()

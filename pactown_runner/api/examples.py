@@ -34,6 +34,8 @@ TIERS: dict[str, Any] = {
             "name": "pro",
             "default_limits": None,
             "tenant_limits": {"memory_max": 4294967296, "cpu_max": 2.0, "pids_max": 1024},
+            "tenant_disk_max": None,
+            "tenant_inodes_max": None,
             "max_sandboxes": 20,
             "starts_per_hour": 500,
         }

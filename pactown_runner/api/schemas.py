@@ -187,6 +187,8 @@ class TierView(BaseModel):
     name: str
     default_limits: dict[str, Any] | None
     tenant_limits: dict[str, Any] | None
+    tenant_disk_max: int | Literal["max"] | None
+    tenant_inodes_max: int | Literal["max"] | None
     max_sandboxes: int | None
     starts_per_hour: float | None
 

@@ -54,7 +54,7 @@ _EVENTS = {
     "throttled": "yellow",
     "missed": "magenta",
 }
-_SIZES = ("memory.", "memory_")
+_SIZES = ("memory.", "memory_", "disk_")
 
 
 def name_of(sandbox: SandboxView) -> str:
@@ -242,11 +242,17 @@ def tiers_grid(tiers: Sequence[Tier]) -> Grid:
             UNKNOWN if tier.max_sandboxes is None else str(tier.max_sandboxes),
             UNKNOWN if tier.starts_per_hour is None else f"{tier.starts_per_hour:g}",
             _limits(None if tier.default_limits is None else tier.default_limits.to_dict()),
-            _limits(None if tier.tenant_limits is None else tier.tenant_limits.to_dict()),
+            _limits(_of_tenant(tier)),
         )
         for tier in tiers
     ]
     return Grid(("tier", "sandboxes", "starts per hour", "each sandbox", "the tenant"), rows, {})
+
+
+def _of_tenant(tier: Tier) -> dict[str, Any]:
+    disk = {"disk_max": tier.tenant_disk_max, "inodes_max": tier.tenant_inodes_max}
+    held = {} if tier.tenant_limits is None else tier.tenant_limits.to_dict()
+    return held | {name: most for name, most in disk.items() if most is not None}
 
 
 def _limits(limits: Mapping[str, Any] | None) -> str:

@@ -18,6 +18,7 @@ from ..config import Settings
 from ..errors import RunnerError
 from ..quotas import quotas_at
 from ..registry import Registry
+from ..tiers import LEAST_DISK
 from .finding import Finding, fail, ok, warn
 from .kernel import mount_options
 
@@ -97,7 +98,8 @@ def check_users_base(users_base: Path, mountinfo: str | None = None) -> Iterator
 
 def check_quotas(settings: Settings) -> Iterator[Finding]:
     """Whether tenants' disk can be limited, and counted without a walk."""
-    wanted = [name for name in ("tenant_disk_max", "tenant_inodes_max") if getattr(settings, name) not in (None, MAX)]
+    sources = [(settings, ""), *((tier, f" of tier {tier.name}") for tier in settings.tiers)]
+    wanted = [name + of for source, of in sources for name in LEAST_DISK if getattr(source, name) not in (None, MAX)]
     if os.geteuid() != 0:
         if wanted:
             yield fail(

@@ -162,6 +162,12 @@ def test_what_is_no_table_is_refused(text: str, tmp_path: Path) -> None:
         {"default_limits": {"memory_max": "lots"}},
         {"default_limits": 5},
         {"tenant_limits": {"memory_oom_group": True}},
+        {"tenant_disk_max": 4095},
+        {"tenant_disk_max": "lots"},
+        {"tenant_disk_max": True},
+        {"tenant_inodes_max": 0},
+        {"tenant_inodes_max": "1K"},
+        {"max_sandboxes": "max"},
         5,
     ],
 )

@@ -23,7 +23,8 @@ from pactown_runner.archives import ArchiveError
 from pactown_runner.doctor.host import check_quotas
 from pactown_runner.errors import FilesError, LimitsError
 from pactown_runner.quotas import UserQuota, quotas_at
-from pactown_runner.registry import Registry
+from pactown_runner.registry import Registry, Standing
+from pactown_runner.tiers import Tier
 from pactown_runner.users import Users
 from tests import hostsweep
 from tests.kernel.conftest import MIB, Measure, left
@@ -298,6 +299,75 @@ async def test_another_limit_holds_from_the_next_supervisor_on(supervisor: Super
     assert quota_of(user) == UserQuota(0, 0, None, None)
     assert await supervisor.users.get_or_create("a") == replace(user, created_at=(await _known(supervisor)).created_at)
     assert (quota_of(user).disk_max, quota_of(user).inodes_max) == (DISK_MAX, INODES_MAX)
+
+
+async def test_a_tiers_limits_hold_for_those_who_have_it(settings: Settings) -> None:
+    """For one who is given it while it runs, who comes back with it, and who is taken over."""
+    tiers = (
+        Tier(name="small", tenant_disk_max=4 * MIB, tenant_inodes_max=50),
+        Tier(name="free", tenant_disk_max=MAX, tenant_inodes_max=MAX),
+        Tier(name="plain"),
+    )
+    with_tiers = replace(settings, tiers=tiers)
+    bare = replace(with_tiers, tenant_disk_max=None, tenant_inodes_max=None, on_exit="leave")
+    general, small, free = (DISK_MAX, INODES_MAX), (4 * MIB, 50), (None, None)
+    async with Supervisor(settings=with_tiers) as supervisor:
+        user = await supervisor.users.get_or_create("a")
+        sandbox = await supervisor.start(spec(["sleep", "1000"], user="a"))
+
+        def held() -> tuple[int | None, int | None]:
+            return quota_of(user).disk_max, quota_of(user).inodes_max
+
+        found = [held()]
+        for tier in ("small", "free", "plain", "free", None, "small"):
+            await supervisor.users.set_standing("a", Standing(tier))
+            found.append(held())
+        assert found == [general, small, free, general, free, general, small]
+        assert sandbox.state == "running"
+        await supervisor.users.delete("a")
+        assert held() == free
+        assert (await supervisor.run(spec(python(FILL_UP), user="a", service="filler"))).ok
+        assert 3 * MIB < quota_of(user).bytes <= 4 * MIB
+        assert held() == small
+    async with Supervisor(settings=bare) as supervisor:
+        # Limited no more, by a tier that says nothing, where the settings say nothing either.
+        await supervisor.users.set_standing("a", Standing("plain"))
+        assert held() == free
+        await supervisor.start(spec(["sleep", "1000"], user="a"))
+        with Registry(settings.state_dir / "registry.db") as registry:
+            registry.standings.set(user.key, Standing("small"))
+    async with Supervisor(settings=bare) as supervisor:
+        assert [sandbox.state for sandbox in supervisor.list()] == ["running"]
+        assert held() == small
+        await supervisor.users.set_standing("a", Standing())
+        await supervisor.users.delete("a")
+
+
+async def test_limits_that_are_enforced_no_more_end_nothing(settings: Settings, test_run: Run) -> None:
+    """The supervisor does not start, and says how that is put right; what runs goes on, and is taken over then."""
+    with ExitStack() as stack:
+        directory = test_run.directory / "off"
+        disk = stack.enter_context(made_disk(directory, "-O", "quota", "-E", "quotatype=usrquota"))
+        where, state = disk.directory, test_run.directory / "off-state"
+        stack.callback(hostsweep.remove_file, state)
+        settings = replace(
+            settings, users_base=where / "users", state_dir=state, log_dir=state / "log", on_exit="leave"
+        )
+        disk.mount()
+        where.chmod(0o711)
+        async with Supervisor(settings=settings) as supervisor:
+            sandbox = await supervisor.start(spec(["sleep", "1000"], user="a"))
+            pid = sandbox.pid
+        subprocess.run(["quotaoff", "-u", where], check=True)
+        for _ in range(2):
+            with pytest.raises(LimitsError, match="it only counts") as caught:
+                await Supervisor(settings=settings).__aenter__()
+        assert str(caught.value.remedy).startswith(f"quotaon -u {where};")
+        subprocess.run(["quotaon", "-u", where], check=True)
+        async with Supervisor(settings=settings) as supervisor:
+            assert supervisor.get("a", "api").pid == pid
+            assert quota_of(sandbox.user).disk_max == DISK_MAX
+            await supervisor.users.delete("a")
 
 
 async def _known(supervisor: Supervisor) -> IsolatedUser:
