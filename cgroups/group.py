@@ -238,6 +238,10 @@ class Cgroup:
         """Whether everything in it and below it is frozen by now."""
         return read_events(self.fd).frozen
 
+    def freeze_requested(self) -> bool:
+        """Whether it was asked to freeze and not to thaw since, whatever is done by now, or asked of those above it."""
+        return files.read(self.fd, "cgroup.freeze").strip() == "1"
+
     def request_freeze(self, frozen: bool) -> None:
         """Ask for freezing or thawing, and do not wait for it."""
         files.write(self.fd, "cgroup.freeze", "1" if frozen else "0")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from cgroups import CgroupError, GoneError
 
-from .archives import thaw_held
+from .archives import end_hold
 from .errors import AlreadyRunningError, BlockedError, NotFoundError, RunnerError
 from .host import Claim, LoopHost
 from .logs import LogError, LogPaths, LogPump, fifo_runs
@@ -126,9 +126,8 @@ async def _end(host: LoopHost, key: str, service_id: str, run_id: str, *, keep: 
             host.unwritten[key, service_id, run_id] = time.monotonic()
     await host.in_thread(host.tree.remove_if_unused, key)
     if service_id == HOLD:
-        # Before its record goes, which alone says what an export had frozen.
-        await host.in_thread(thaw_held, host, key)
-    if not keep:
+        await host.in_thread(end_hold, host, (key, service_id, run_id))
+    elif not keep:
         await host.in_thread(host.registry.sandboxes.release, key, service_id, run_id)
 
 

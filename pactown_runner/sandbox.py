@@ -222,18 +222,20 @@ class Sandbox:
     async def freeze(self) -> None:
         """Stop it from running, and return when the kernel says that it is frozen. It cannot notice.
 
+        While the user's home is exported all stands still; what is frozen meanwhile stays so.
+
         Raises:
             StateError: it does not run, or did not freeze in time.
         """
-        await self._refrigerate(State.FROZEN, lambda cgroup: cgroup.freeze(FREEZE_TIMEOUT))
+        await self._refrigerate(State.FROZEN, Holdings.freeze)
 
     async def thaw(self) -> None:
-        """Let a frozen sandbox run again.
+        """Let a frozen sandbox run again; while the user's home is exported, when that is done.
 
         Raises:
             StateError: it does not run.
         """
-        await self._refrigerate(State.RUNNING, lambda cgroup: cgroup.thaw(FREEZE_TIMEOUT))
+        await self._refrigerate(State.RUNNING, Holdings.thaw)
 
     async def signal(self, number: int) -> int:
         """Send a signal to each of its processes; one that is frozen acts on it once it is thawed.
@@ -349,10 +351,11 @@ class Sandbox:
 
     # Help -------------------------------------------------------------------------------------------------------
 
-    async def _refrigerate(self, to: State, action: Callable[[Cgroup], None]) -> None:
+    async def _refrigerate(self, to: State, action: Callable[[Holdings, Cgroup, float], None]) -> None:
         self._must_live()
+        held = self._holdings
         try:
-            await self._holdings.on_cgroup(action)
+            await held.on_cgroup(lambda cgroup: action(held, cgroup, FREEZE_TIMEOUT))
         except CgroupError as error:
             raise StateError(error.message, remedy=error.remedy) from error
         if self.state in (State.RUNNING, State.FROZEN) and self.state is not to:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from .children import LeftOut
 from .errors import ArchiveError
 from .exporting import ARCHIVE_TIMEOUT, Exported, While, export_home, export_stream
-from .holding import held, thaw_held
+from .holding import end_hold, held
 from .importing import Imported, import_home, import_stream
 from .swapping import sweep_fresh_homes
 
@@ -31,11 +31,11 @@ __all__ = [
     "Imported",
     "LeftOut",
     "While",
+    "end_hold",
     "export_home",
     "export_stream",
     "held",
     "import_home",
     "import_stream",
     "sweep_fresh_homes",
-    "thaw_held",
 ]

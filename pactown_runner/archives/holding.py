@@ -2,7 +2,8 @@
 
 A hold is a row of the registry like any other, of a service that nobody can name. So there is one at a time for each
 tenant, over all processes; the tenant cannot be removed meanwhile; and what a dead owner held is let go by whoever
-takes its rows over. The row's spec names the scopes that have to be thawed then.
+takes its rows over. The row's spec names the scopes that have to be thawed then: those that the hold has frozen,
+without what somebody freezes meanwhile, and with what somebody thaws.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from cgroups import Cgroup, CgroupError, GoneError
 
 from ..errors import AlreadyRunningError, RunnerError, StateError
-from ..host import Host
+from ..host import Claim, Host
 from ..jobs import job_name
 from ..models import IsolatedUser
 from ..registry import HOLD, SandboxRow
 from ..trees import slice_name
 
-__all__ = ["Hold", "held", "thaw_held"]
+__all__ = ["Hold", "end_hold", "held"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +43,6 @@ class Hold:
         self._host = host
         self._key = key
         self._frozen: dict[str, Cgroup] = {}
-        self._thawed: list[Cgroup] = []
         self._found: set[tuple[str, str]] = set()
         self._kept = ExitStack()
 
@@ -66,15 +66,16 @@ class Hold:
             # Gone: it has a name and no processes, such as one that waits to be started again.
             with suppress(GoneError):
                 scopes[name] = self._kept.enter_context(self._open(name))
-        thawed = {name: scope for name, scope in scopes.items() if not _frozen(scope)}
-        # First: whoever comes after us has to know of it.
-        self._host.registry.holds.set_frozen(self._key, self.run_id, thawed)
-        self._thawed = list(thawed.values())
-        for scope in self._thawed:
-            with suppress(GoneError):
-                scope.request_freeze(True)
-        self._frozen = scopes
-        for name, scope in thawed.items():
+        holds = self._host.registry.holds
+        with self._host.changing_holds():
+            thawed = {name: scope for name, scope in scopes.items() if not _freeze_requested(scope)}
+            # First: whoever comes after us has to know of it.
+            holds.set_frozen(self._key, self.run_id, holds.frozen(self._key) | thawed.keys())
+            for scope in thawed.values():
+                with suppress(GoneError):
+                    scope.request_freeze(True)
+        self._frozen = dict(scopes)
+        for name, scope in scopes.items():
             try:
                 scope.freeze(FREEZE_TIMEOUT)
             except GoneError:
@@ -96,9 +97,8 @@ class Hold:
             )
 
     def close(self) -> None:
-        """Let what was frozen go on, see `thaw_held`."""
-        with self._kept:
-            _let_go(self._host, self._key, self._thawed)
+        """Forget what was frozen, which stays so until `end_hold`."""
+        self._kept.close()
 
     def _open(self, name: str) -> Cgroup:
         return self._host.tree.open_scope(slice_name(self._key), f"{name}.scope")
@@ -139,35 +139,43 @@ def held(host: Host, user: IsolatedUser) -> Iterator[Hold]:
     try:
         yield hold
     finally:
+        hold.close()
         try:
-            hold.close()
-        except (RunnerError, CgroupError) as error:
+            end_hold(host, claim)
+        except (RunnerError, CgroupError, OSError) as error:
             _log.error("cannot let go on yet what runs of user %s: %s", user.key, error)
             host.unfinished[claim] = None
-        else:
-            host.release(claim)
 
 
-def thaw_held(host: Host, key: str) -> None:
-    """Let go on what a dead owner's hold had frozen. To be called before the hold's row is released.
+def end_hold(host: Host, claim: Claim) -> None:
+    """Let go on what a hold had frozen, ours or a dead owner's, and give its name free.
 
     What belongs to a tenant who was blocked meanwhile stays frozen.
+
+    Raises:
+        RunnerError, CgroupError, OSError: that cannot be done now, and the hold stays.
     """
-    with ExitStack() as stack:
+    key = claim[0]
+    # Its record is to go with what it says: who says that something stays frozen, or goes on, finds both or neither.
+    with host.changing_holds(), ExitStack() as stack:
         scopes = []
         for name in host.registry.holds.frozen(key):
             with suppress(GoneError):
                 scopes.append(stack.enter_context(host.tree.open_scope(slice_name(key), f"{name}.scope")))
-        _let_go(host, key, scopes)
+        # Whoever blocks a tenant writes that down first, and then freezes what runs: perhaps while this is under way.
+        for frozen in (False, True):
+            if host.standings.of(key).blocked is frozen:
+                for scope in scopes:
+                    with suppress(GoneError):
+                        scope.request_freeze(frozen)
+        host.registry.sandboxes.release(*claim)
 
 
-def _let_go(host: Host, key: str, scopes: Iterable[Cgroup]) -> None:
-    # Whoever blocks a tenant writes that down first, and then freezes what runs: perhaps while this is under way.
-    for frozen in (False, True):
-        if host.standings.of(key).blocked is frozen:
-            for scope in scopes:
-                with suppress(GoneError):
-                    scope.request_freeze(frozen)
+def _freeze_requested(scope: Cgroup) -> bool:
+    try:
+        return scope.freeze_requested()
+    except GoneError:
+        return False
 
 
 def _frozen(scope: Cgroup) -> bool:

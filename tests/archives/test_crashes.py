@@ -15,7 +15,7 @@ import pytest
 
 from cgroups import find_mount
 from pactown_runner import Sandbox
-from pactown_runner.archives import export_home, import_home, sweep_fresh_homes, thaw_held
+from pactown_runner.archives import end_hold, export_home, import_home, sweep_fresh_homes
 from pactown_runner.config import Settings
 from pactown_runner.host import Host
 from pactown_runner.models import IsolatedUser, State
@@ -181,9 +181,8 @@ async def test_what_a_killed_export_had_frozen_is_thawed(settings: Settings, chi
             assert scope.frozen()
             row = host.registry.sandboxes.row(user.key, HOLD)
             assert row is not None
-            await asyncio.to_thread(thaw_held, host, user.key)
+            await asyncio.to_thread(end_hold, host, (user.key, HOLD, row.run_id))
             await eventually(lambda: not scope.frozen())
-        host.registry.sandboxes.release(user.key, HOLD, row.run_id)
         # Its job is ended by whoever takes it over.
         async with Supervisor(settings=settings, role="one-shot"):
             pass

@@ -18,7 +18,7 @@ from pactown_runner.archives import ArchiveError, export_home, held, import_home
 from pactown_runner.errors import StartError, StateError
 from pactown_runner.host import Host
 from pactown_runner.models import IsolatedUser, State
-from pactown_runner.registry import HeldError, Standing
+from pactown_runner.registry import HOLD, HeldError, Standing
 from pactown_runner.specs import RestartMode, RestartPolicy
 from pactown_runner.supervisor import Supervisor
 from tests.archives.trees import as_tenant
@@ -60,6 +60,11 @@ async def start_writer(supervisor: Supervisor) -> Sandbox:
 async def goes_on(user: IsolatedUser, number: int) -> None:
     """Wait until the writer has got further than this."""
     await eventually(lambda: int((user.home_dir / "sandboxes/file399").read_text() or 0) > number + 1)
+
+
+def is_frozen(sandbox: Sandbox) -> bool:
+    assert sandbox.cgroup is not None
+    return sandbox.cgroup.frozen()
 
 
 async def in_thread(call: Callable[[], object]) -> object:
@@ -361,6 +366,57 @@ async def test_who_is_blocked_meanwhile_stays_frozen(supervisor: Supervisor, hos
     async with holding(host, user):
         await supervisor.users.set_standing(USER, Standing())
     await goes_on(user, int((user.home_dir / "sandboxes/file399").read_text() or 0))
+
+
+@pytest.mark.parametrize("end", ["in order", "by its death"])
+async def test_what_is_frozen_or_thawed_meanwhile_is_so_afterwards(
+    supervisor: Supervisor, host: Host, user: IsolatedUser, child: Start, end: str
+) -> None:
+    writer = await start_writer(supervisor)
+    frozen = await supervisor.start(spec(SLEEP, service="frozen"))
+    await frozen.freeze()
+    other = await supervisor.start(spec(SLEEP, service="other"))
+    holder = child(HOLDER, role="one-shot")
+    assert await holder.line() == "held"
+    await other.freeze()
+    await other.thaw()
+    await writer.freeze()
+    await frozen.thaw()
+    assert [writer.state, frozen.state, other.state] == [State.FROZEN, State.RUNNING, State.RUNNING]
+    assert all(map(is_frozen, supervisor.list()))
+    if end == "in order":
+        holder.tell("")
+        assert await holder.line() == "let go"
+        holder.tell("")
+    else:
+        await holder.killed()
+        await eventually(lambda: host.registry.sandboxes.row(user.key, HOLD) is None)
+    await eventually(lambda: not (is_frozen(frozen) or is_frozen(other)))
+    assert is_frozen(writer)
+    await writer.thaw()
+    await goes_on(user, int((user.home_dir / "sandboxes/file399").read_text() or 0))
+
+
+async def test_what_is_frozen_as_a_hold_begins_or_ends_stays_so(
+    supervisor: Supervisor, host: Host, user: IsolatedUser
+) -> None:
+    sandbox = await supervisor.start(spec(SLEEP))
+
+    async def freeze(turns: int) -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await sandbox.freeze()
+
+    def hold() -> None:
+        with held(host, user) as hold:
+            hold.freeze()
+
+    for number in range(50):
+        await asyncio.gather(freeze(number % 10), asyncio.to_thread(hold))
+        assert is_frozen(sandbox)
+        await asyncio.gather(sandbox.thaw(), asyncio.to_thread(hold))
+        assert sandbox.state is State.RUNNING
+        await eventually(lambda: not is_frozen(sandbox))
 
 
 async def test_services_come_back_when_their_tenant_is_held_no_more(settings: Settings, child: Start) -> None:
