@@ -172,11 +172,14 @@ def test_homes_are_no_links(plain: Path) -> None:
 
 PLAIN_USER = """
 import json, os, sys
+from dataclasses import replace
 from pathlib import Path
 from pactown_runner.config import Settings
 from pactown_runner.doctor.host import check_quotas
 from pactown_runner.errors import LimitsError
-from pactown_runner.registry import Registry
+from pactown_runner.registry import Registry, Standing
+from pactown_runner.standings import Standings
+from pactown_runner.tiers import Tier
 from pactown_runner.users import Users
 base, uid = Path(sys.argv[1]), int(sys.argv[2])
 # Dropped in here: the interpreter may lie where only root can run it.
@@ -190,6 +193,20 @@ for limit in (None, "max", 1 << 20):
         except LimitsError as error:
             user = error.remedy
     said.append([user, [finding.status for finding in check_quotas(settings)]])
+settings = replace(settings, tenant_disk_max=None, tiers=(Tier(name="limited", tenant_inodes_max=5),))
+with Registry(settings.state_dir / "registry.db") as registry:
+    users, standings = Users(settings, registry), Standings(settings, registry)
+    users.get_or_create("one")
+    other = users.get_or_create("other")
+    try:
+        standings.change(None, other, Standing("limited"))
+    except LimitsError as error:
+        said.append(error.remedy)
+    registry.standings.set(other.key, Standing("limited"))
+    try:
+        users.get_or_create("other")
+    except LimitsError as error:
+        said.append(error.remedy)
 print(json.dumps(said))
 """
 
@@ -203,9 +220,10 @@ def test_without_root_there_is_no_limit(test_run: Run) -> None:
         [sys.executable, "-c", PLAIN_USER, str(base), str(uid)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    free, lifted, limited = json.loads(done.stdout)
+    free, lifted, limited, *of_tier = json.loads(done.stdout)
     assert free == lifted == [uid, []]
     assert limited == ["run as root, or set neither tenant_disk_max nor tenant_inodes_max, nor for a tier", ["fail"]]
+    assert of_tier == [limited[0]] * 2
     hostsweep.remove_file(base)
 
 
