@@ -227,17 +227,24 @@ async def test_runs_that_end_together_take_turns_with_all_others(make_pump: Make
     assert most == TURN_RECORDS
 
 
-async def test_an_end_that_is_cancelled_can_be_asked_for_again(make_pump: MakePump, paths: LogPaths) -> None:
+async def test_an_end_that_is_cancelled_leaves_the_rest_to_a_successor(make_pump: MakePump, paths: LogPaths) -> None:
+    troubles: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: troubles.append(context))
     pump = make_pump()
     pump.create()
-    os.close(filled(pump, NUMBERS))
+    out = filled(pump, NUMBERS)
     ending = asyncio.ensure_future(pump.finish())
     await soon(written(pump, lambda: pump.written > 0))
     ending.cancel()
     with pytest.raises(asyncio.CancelledError):
         await ending
-    await pump.finish()
+    pump.detach()
+    successor = make_pump()
+    successor.adopt()
+    os.close(out)
+    await soon(successor.finish())
     assert [r.data for r in await records(paths)] == NUMBERS.splitlines(keepends=True)
+    assert troubles == []
 
 
 async def test_the_end_does_not_wait_for_what_somebody_else_has_read(make_pump: MakePump, paths: LogPaths) -> None:
