@@ -6,7 +6,7 @@ virtualisation is needed, and none is used unless PACTOWN_KVM=1 asks for it: whe
 hang.
 
 Two guests run at once. What is measured is measured in the first one. Files of tests that measure nothing, marked
-`beside`, run in the second, which yields the host's CPUs to the first.
+`beside`, run in the second, which yields the host's CPUs to the first. With arguments for pytest there is one guest.
 
 A test that makes the file `REBOOT` has its guest reboot when all tests have run. Those marked `guest(boot=2)` run then.
 

@@ -108,7 +108,7 @@ def run_guests(image: Path, junit: Path, args: Sequence[str]) -> int:
             beside = [name for name in kernel_files() if "mark.beside" in (TOP / name).read_text()]
             guests = [
                 Guest(image, [name for name in kernel_files() if name not in beside], name="measured | "),
-                Guest(image, beside, name="beside   | ", niceness=NICENESS),
+                Guest(image, beside, name="beside   | ", cpus=1, niceness=NICENESS),
             ]
         say(f"booting {'the guest' if len(guests) == 1 else f'{len(guests)} guests'}")
         for guest in guests:

@@ -84,13 +84,15 @@ class Guest:
         image: the directory that `make_image` gives.
         args: for pytest.
         name: begins each line that is printed of what its tests print.
+        cpus: how many it has.
         niceness: of nice(1).
     """
 
-    def __init__(self, image: Path, args: Sequence[str], *, name: str = "", niceness: int = 0) -> None:
+    def __init__(self, image: Path, args: Sequence[str], *, name: str = "", cpus: int = 2, niceness: int = 0) -> None:
         self._image = image
         self._args = args
         self._name = name
+        self._cpus = cpus
         self._niceness = niceness
         self._held = ExitStack()
         self._console: list[str] = []
@@ -108,7 +110,7 @@ class Guest:
                     file.truncate(size)
             self._began = time.monotonic()
             self._qemu = subprocess.Popen(
-                ["nice", "-n", str(self._niceness), *machine(self._image, disks)],
+                ["nice", "-n", str(self._niceness), *machine(self._image, disks, self._cpus)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -175,14 +177,14 @@ def pack_project(target: Path, args: Sequence[str]) -> None:
         archive.addfile(info, io.BytesIO(script))
 
 
-def machine(image: Path, disks: Sequence[Path]) -> list[str]:
+def machine(image: Path, disks: Sequence[Path], cpus: int) -> list[str]:
     """The command of QEMU."""
-    command = ["qemu-system-x86_64", *acceleration(), "-smp", "2", "-m", MEMORY]
+    command = ["qemu-system-x86_64", *acceleration(), "-smp", str(cpus), "-m", MEMORY]
     command += ["-nographic", "-nodefaults", "-serial", "stdio", "-monitor", "none"]
     command += ["-kernel", f"{image}/vmlinuz", "-initrd", f"{image}/initrd", "-append"]
     command += [
         "console=ttyS0 panic=-1 root=/dev/vda rw psi=1 quiet TERM=dumb systemd.show_status=0 "
-        "systemd.mask=serial-getty@ttyS0.service"
+        "systemd.mask=serial-getty@ttyS0.service lsm=landlock,lockdown,yama,integrity"
     ]
     drives = [f"file={image}/root.img,if=virtio,format=raw,snapshot=on"]
     drives += [f"file={disk},if=virtio,format=raw" for disk in disks]

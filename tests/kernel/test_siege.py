@@ -41,7 +41,7 @@ while True:
 """
 
 
-LIMITS = Limits(memory_max="128M", pids_max=64, cpu_max=1.5)
+LIMITS = Limits(memory_max="128M", pids_max=64, cpu_max=0.75)
 
 
 async def test_the_bystander_answers_all_along(
