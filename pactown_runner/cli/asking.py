@@ -39,6 +39,8 @@ class Ask(NamedTuple):
     users_base: Path | None
     config: Path | None
     as_json: bool
+    failed: int = FAILED
+    """The exit code of a failure."""
 
     def then(self, work: Callable[[Client], Awaitable[T]], tell: Callable[[T], None]) -> None:
         """Do this with a client, and tell what came of it.
@@ -46,7 +48,7 @@ class Ask(NamedTuple):
         Raises:
             Ended: it failed, which is told, or was interrupted.
         """
-        with errors_told(FAILED, as_json=self.as_json), with_remedies():
+        with errors_told(self.failed, as_json=self.as_json), with_remedies():
             from .connecting import asked  # noqa: PLC0415 - httpx takes 70 ms
 
             tell(asked(self.server, self.users_base, self.config, work))

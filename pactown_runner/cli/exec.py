@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .asking import Ask
 from .completing import complete_service, complete_user
-from .messages import Ended, errors_told
-from .options import Command, Config, Cwd, Env, Raw, Stdin, UsersBase, environment_of, load_settings
+from .messages import Ended, errors_told, say
+from .options import Command, Config, Cwd, Env, Raw, ServerInstead, Stdin, UsersBase, environment_of, load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from ..client import Client, ExecResult
 
 __all__ = ["register"]
 
 EXEC_FAILED = 125
 """The exit code of env(1), timeout(1) and container engines for "it was never started"."""
+
+LONGEST = 31 * 86_400.0
+"""Seconds, of a program in a server: as long as its API has it. It ends with its caller, as here."""
 
 _EPILOG = """\
 [bold]Exit code[/bold]: the program's own; 128 + n if signal n ended it, which is 137 when the service ends; 125 if it
@@ -57,6 +67,7 @@ def execute(
     cwd: Cwd = None,
     stdin: Stdin = False,
     raw: Raw = False,
+    server: ServerInstead = None,
     users_base: UsersBase = None,
     config: Config = None,
 ) -> None:
@@ -65,10 +76,54 @@ def execute(
     It is born in the service's cgroup, with its identity, environment and namespaces; counts against its limits; and
     ends with it. Its output comes out here and not in the log. When this command is interrupted, the program is killed
     with its process group; what has left that stays a part of the service.
+
+    With --server its output comes at its end, of each stream the first MiB, and its standard input is read whole first.
     """
+    if server is not None:
+        _ask_server(
+            Ask(server, users_base, config, as_json=False, failed=EXEC_FAILED),
+            lambda client, given, added: client.exec(
+                user, service, command, stdin=given, env=added, cwd=cwd, timeout=LONGEST
+            ),
+            env or [],
+            stdin=stdin,
+            raw=raw,
+        )
+        return
     with errors_told(EXEC_FAILED, as_json=False):
         settings = load_settings(users_base, config)
         added = environment_of(env or [])
         from .executing import execute_to_end  # noqa: PLC0415 - asyncio, and all that executes
 
         raise Ended(execute_to_end(settings, user, service, command, env=added, cwd=cwd, stdin=stdin, raw=raw))
+
+
+def _ask_server(
+    ask: Ask,
+    execute: Callable[[Client, bytes, dict[str, str]], Awaitable[ExecResult]],
+    env: list[str],
+    *,
+    stdin: bool,
+    raw: bool,
+) -> None:
+    with errors_told(EXEC_FAILED, as_json=False):
+        added = environment_of(env)
+        given = sys.stdin.buffer.read() if stdin else b""
+
+    async def work(client: Client) -> ExecResult:
+        from .output import Output, shown  # noqa: PLC0415
+
+        done = await execute(client, given, added)
+        await Output({}, raw=raw).write([(1, shown(done.stdout, 1, raw=raw)), (2, shown(done.stderr, 2, raw=raw))])
+        return done
+
+    ask.then(work, _end_as)
+
+
+def _end_as(done: ExecResult) -> None:
+    """End as the program did."""
+    if done.dropped:
+        say(f"pactown-runner: {done.dropped} bytes are missing: a server tells the first MiB of each output")
+    if done.signal is not None:
+        raise Ended(128 + done.signal)
+    raise Ended(EXEC_FAILED if done.exit_code is None else done.exit_code)

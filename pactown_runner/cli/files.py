@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .asking import Ask
 from .messages import errors_told, say, write_json
-from .options import Config, Json, Service, User, UsersBase, load_settings
+from .options import Config, Json, ServerInstead, Service, User, UsersBase, load_settings
 from .visible import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ..client import Client, Transferred
     from ..config import Settings
     from ..homes import OnProgress, SandboxFiles, Transfer
 
@@ -43,13 +45,28 @@ def put(
     ] = None,
     *,
     as_json: Json = False,
+    server: ServerInstead = None,
     users_base: UsersBase = None,
     config: Config = None,
 ) -> None:
     """Put a file or folder into a service's directory, as the tenant. An account is made at first use.
 
-    A file appears whole or not at all; a folder is merged into what is there. Links stay links.
+    A file appears whole or not at all; a folder is merged into what is there. Links stay links. With --server
+    it is one file, of as many bytes as the server takes (api_file_bytes).
     """
+    if server is not None:
+
+        async def send(client: Client) -> Transferred:
+            from ..errors import FilesError  # noqa: PLC0415
+
+            if source.is_dir():
+                raise FilesError(f"cannot put {source}: a server takes one file at a time", remedy="put each file")
+            return await client.put_file(user, service, target or source.name, source.read_bytes())
+
+        Ask(server, users_base, config, as_json).then(
+            send, lambda done: _report(done.files, done.bytes, "put", as_json)
+        )
+        return
 
     def move(files: SandboxFiles, on_progress: OnProgress | None) -> Awaitable[Transfer]:
         return files.put(user, service, source, target, on_progress=on_progress)
@@ -74,13 +91,28 @@ def get(
     ] = None,
     *,
     as_json: Json = False,
+    server: ServerInstead = None,
     users_base: UsersBase = None,
     config: Config = None,
 ) -> None:
     """Get a file or folder out of a service's directory, wholly or not at all.
 
     Links, FIFOs and devices are left out, and named. A file that is here is replaced, a folder is not.
+    With --server it is one file.
     """
+    if server is not None:
+
+        async def fetch(client: Client) -> int:
+            from ..whole_file import WholeFile  # noqa: PLC0415
+
+            content = await client.get_file(user, service, path)
+            with WholeFile(destination or Path(Path(path).name)) as file:
+                file.write(content)
+                file.finish()
+            return len(content)
+
+        Ask(server, users_base, config, as_json).then(fetch, lambda size: _report(1, size, "got", as_json))
+        return
 
     def move(files: SandboxFiles, on_progress: OnProgress | None) -> Awaitable[Transfer]:
         return files.get(user, service, path, destination, on_progress=on_progress)
@@ -126,6 +158,14 @@ async def _move(
     async with Supervisor(settings=settings, role="one-shot") as supervisor:
         with bar(verb) as on_progress:
             return await move(supervisor.files, on_progress)
+
+
+def _report(files: int, size: int, verb: str, as_json: bool) -> None:
+    """Say what a server has taken or given: one file, of which nothing is left out."""
+    if as_json:
+        write_json({"files": files, "bytes": size, "skipped": [], "warnings": ""})
+    else:
+        say(f"{verb} {files} file{'s' * (files != 1)}, {size} bytes")
 
 
 def _tell(transfer: Transfer, verb: str) -> None:

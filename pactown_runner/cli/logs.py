@@ -9,7 +9,7 @@ import typer
 
 from .asking import with_remedies
 from .messages import FAILED, LOOK_FOR_USERS, errors_told, look_for_services
-from .options import Config, Raw, Server, Service, User, UsersBase, load_settings
+from .options import Config, Raw, ServerInstead, Service, User, UsersBase, load_settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -54,7 +54,7 @@ def logs(
         bool, typer.Option("--json", help="Write one JSON object a line to standard output, with number and time.")
     ] = False,
     raw: Raw = False,
-    server: Server = None,
+    server: ServerInstead = None,
     users_base: UsersBase = None,
     config: Config = None,
 ) -> None:

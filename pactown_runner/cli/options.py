@@ -28,6 +28,7 @@ __all__ = [
     "Pids",
     "Raw",
     "Server",
+    "ServerInstead",
     "Service",
     "Stdin",
     "Tenant",
@@ -78,6 +79,20 @@ Server = Annotated[
         rich_help_panel="Settings",
     ),
 ]
+ServerInstead = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="ADDRESS",
+        envvar="PACTOWN_SERVER",
+        help="Have that server do it, and not this host: a socket's path, or http(s)://HOST:PORT with the token in "
+        "PACTOWN_TOKEN.",
+        show_default=False,
+        show_envvar=True,
+        rich_help_panel="Settings",
+    ),
+]
+"""Of commands that need no server."""
 UsersBase = Annotated[
     Path | None,
     typer.Option(

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from ..models import LogRecord, Stream
 from .visible import visible
 
-__all__ = ["Output", "relay"]
+__all__ = ["Output", "relay", "shown"]
 
 AHEAD_BYTES = 1 << 20
 """What may wait for a slow reader in our memory. The rest waits in the log."""
@@ -153,3 +153,8 @@ def _joined(parts: list[Part]) -> list[Part]:
         else:
             joined.append((fd, [data]))
     return [(fd, b"".join(pieces)) for fd, pieces in joined]
+
+
+def shown(data: bytes, fd: int, *, raw: bool) -> bytes:
+    """What goes to a descriptor for this: to a terminal no control characters, unless they are wanted."""
+    return data if raw or not os.isatty(fd) else visible(data)

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import user_tier
+from .asking import Ask
 from .human import size_of
 from .messages import Ended, errors_told, say, typed, write_json
-from .options import Config, Json, User, UsersBase, load_settings
+from .options import Config, Json, ServerInstead, User, UsersBase, load_settings
 from .visible import one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..config import Settings
     from ..models import IsolatedUser
     from .user_views import UserView
@@ -69,8 +72,15 @@ def register(app: typer.Typer) -> None:
     )
 
 
-def list_(as_json: Json = False, users_base: UsersBase = None, config: Config = None) -> None:
+def list_(
+    as_json: Json = False, server: ServerInstead = None, users_base: UsersBase = None, config: Config = None
+) -> None:
     """List all tenants, in the order in which they were first made."""
+    if server is not None:
+        from . import users_asked  # noqa: PLC0415
+
+        users_asked.list_(Ask(server, users_base, config, as_json))
+        return
     with errors_told(1, as_json=as_json):
         from .user_views import list_users, show_users  # noqa: PLC0415
 
@@ -83,11 +93,23 @@ def list_(as_json: Json = False, users_base: UsersBase = None, config: Config = 
             say("there are no users; one is made at its first use, or by: pactown-runner users create ID")
 
 
-def create(user: User, *, as_json: Json = False, users_base: UsersBase = None, config: Config = None) -> None:
+def create(
+    user: User,
+    *,
+    as_json: Json = False,
+    server: ServerInstead = None,
+    users_base: UsersBase = None,
+    config: Config = None,
+) -> None:
     """Make a tenant: an account, as root, and a home. That there is one of this id already is no error.
 
     An id whose user was deleted gets the same login and uid again, and the home if that was kept.
     """
+    if server is not None:
+        from . import users_asked  # noqa: PLC0415
+
+        users_asked.create(Ask(server, users_base, config, as_json), user)
+        return
     with errors_told(1, as_json=as_json):
         from .user_views import find_user, show_user  # noqa: PLC0415
         from .user_work import make  # noqa: PLC0415
@@ -104,8 +126,20 @@ def create(user: User, *, as_json: Json = False, users_base: UsersBase = None, c
             say("it was there already")
 
 
-def show(user: User, *, as_json: Json = False, users_base: UsersBase = None, config: Config = None) -> None:
+def show(
+    user: User,
+    *,
+    as_json: Json = False,
+    server: ServerInstead = None,
+    users_base: UsersBase = None,
+    config: Config = None,
+) -> None:
     """Show who a tenant is on this host, and what is meant to be alive of it."""
+    if server is not None:
+        from . import users_asked  # noqa: PLC0415
+
+        users_asked.show(Ask(server, users_base, config, as_json), user)
+        return
     with errors_told(1, as_json=as_json):
         from .user_views import details, find_user, show_user  # noqa: PLC0415
 
@@ -119,12 +153,24 @@ def show(user: User, *, as_json: Json = False, users_base: UsersBase = None, con
             say(_advice(view))
 
 
-def stats(user: User, *, as_json: Json = False, users_base: UsersBase = None, config: Config = None) -> None:
+def stats(
+    user: User,
+    *,
+    as_json: Json = False,
+    server: ServerInstead = None,
+    users_base: UsersBase = None,
+    config: Config = None,
+) -> None:
     """Count what a tenant takes of the disk, and say what it may take.
 
     Where the file system has user quotas the kernel counts and holds the tenant to its limits. Elsewhere the tenant's
     home is counted as the tenant, and what comes of it is the tenant's word.
     """
+    if server is not None:
+        from . import users_asked  # noqa: PLC0415
+
+        users_asked.stats(Ask(server, users_base, config, as_json), user)
+        return
     with errors_told(1, as_json=as_json):
         settings = load_settings(users_base, config)
         found = _ready(settings, user)
@@ -158,6 +204,7 @@ def export(
         ),
     ] = False,
     as_json: Json = False,
+    server: ServerInstead = None,
     users_base: UsersBase = None,
     config: Config = None,
 ) -> None:
@@ -172,6 +219,13 @@ def export(
         raise typer.BadParameter("standard output is the archive's; name a file", param_hint="--json")
     if to_stdout and sys.stdout.isatty():
         raise typer.BadParameter("this would go to your terminal; name a file, or pipe it on", param_hint="FILE")
+    if server is not None:
+        if stopped:
+            raise typer.BadParameter("a server has what runs stand still", param_hint="--stopped")
+        from . import users_asked  # noqa: PLC0415
+
+        users_asked.export(Ask(server, users_base, config, as_json), user, None if to_stdout else target)
+        return
     with errors_told(1, as_json=as_json):
         settings = load_settings(users_base, config)
         found = _ready(settings, user)
@@ -210,6 +264,7 @@ def import_(
         ),
     ] = None,
     as_json: Json = False,
+    server: ServerInstead = None,
     users_base: UsersBase = None,
     config: Config = None,
 ) -> None:
@@ -221,6 +276,11 @@ def import_(
     from_stdin = archive == Path("-")
     if from_stdin and sys.stdin.isatty():
         raise typer.BadParameter("standard input is your terminal; name a file, or pipe one in", param_hint="FILE")
+    if server is not None:
+        from . import users_asked  # noqa: PLC0415
+
+        users_asked.import_(Ask(server, users_base, config, as_json), user, None if from_stdin else archive, made_for)
+        return
     with errors_told(1, as_json=as_json):
         from .user_views import count, numbers, tell_left_out  # noqa: PLC0415
         from .user_work import import_ as read  # noqa: PLC0415
@@ -244,6 +304,7 @@ def delete(
     ] = False,
     keep_logs: Annotated[bool, typer.Option("--keep-logs", help="Its logs stay where they are.")] = False,
     as_json: Json = False,
+    server: ServerInstead = None,
     users_base: UsersBase = None,
     config: Config = None,
 ) -> None:
@@ -253,6 +314,16 @@ def delete(
     again if it comes back. When this is interrupted or fails, nothing starts for the tenant any more, and the same
     command finishes it.
     """
+    if server is not None:
+        from . import users_asked  # noqa: PLC0415
+
+        with errors_told(1, as_json=as_json):
+            if not yes:
+                _ask(f"Have {server} delete {one_line(user)}, and all that is its", keep_home, keep_logs, as_json)
+        users_asked.delete(
+            Ask(server, users_base, config, as_json), user, delete_home=not keep_home, delete_logs=not keep_logs
+        )
+        return
     with errors_told(1, as_json=as_json):
         settings = load_settings(users_base, config)
         from .user_views import find_user  # noqa: PLC0415
@@ -309,17 +380,27 @@ def _advice(view: UserView) -> str:
 
 
 def _confirm(settings: Settings, view: UserView, *, keep_home: bool, keep_logs: bool, as_json: bool) -> None:
-    from ..errors import StateError  # noqa: PLC0415
     from .user_views import show_user  # noqa: PLC0415
+
+    def show_first() -> None:
+        show_user(settings, view)
+
+    question = f"Delete {one_line(view.row.saas_id)} and all that is its"
+    _ask(question, keep_home, keep_logs, as_json, show_first)
+
+
+def _ask(
+    question: str, keep_home: bool, keep_logs: bool, as_json: bool, first: Callable[[], None] = lambda: None
+) -> None:
+    from ..errors import StateError  # noqa: PLC0415
 
     if as_json or not sys.stdin.isatty():
         raise StateError("nobody is there to be asked", remedy="give --yes")
-    show_user(settings, view)
+    first()
     kept = [name for name, is_kept in (("the home", keep_home), ("the logs", keep_logs)) if is_kept]
     but = f", but keep {' and '.join(kept)}" if kept else ""
-    question = f"Delete {one_line(view.row.saas_id)} and all that is its{but}?"
     try:
-        agreed = typer.confirm(question)
+        agreed = typer.confirm(f"{question}{but}?")
     except typer.Abort:
         agreed = False
     if not agreed:
