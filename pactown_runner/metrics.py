@@ -305,7 +305,7 @@ class Metrics(Collector):
 
     async def _look_at(self, sandboxes: Sequence[Sandbox], gauges: Mapping[Labels, dict[str, int]]) -> None:
         runs = [(sandbox, sandbox.run_id) for sandbox in sandboxes]
-        found = await self._supervisor.stats(pressure=True, of=sandboxes)
+        found = await self._supervisor.stats(sandboxes, pressure=True)
         for sandbox, run_id in runs:
             name = (sandbox.user_id, sandbox.service_id)
             # What has ended meanwhile has told all that it used, and so will what is just ending.

@@ -1,4 +1,4 @@
-"""All sandboxes of one process: admission, start, stop, and what dead owners left."""
+"""The face of the library: a supervisor, its life, and what can be asked of it about its sandboxes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from functools import partial
@@ -23,7 +23,6 @@ from cgroups import CgroupError, Stats
 from .admission import Admission, raise_descriptor_limit
 from .archives import sweep_fresh_homes
 from .config import Settings
-from .course import Beginning, Course
 from .deletion import finish_removals
 from .errors import (
     AdmissionError,
@@ -39,18 +38,20 @@ from .events import EventBus, EventReader, Listener
 from .exits import reap_late
 from .holdings import Run
 from .homes import SandboxFiles
-from .host import Claim, LoopHost
+from .host import LoopHost
+from .live import LiveSandboxes
 from .logs import LogHub, LogPaths, LogTenants, read_log
-from .models import IsolatedUser, LogRecord, Outcome, State
+from .models import LogRecord, Outcome, State
 from .monitor import Monitor
 from .notify import DescriptorStore
 from .outcomes import failed_to_start
 from .owners import Owner
-from .recovery import Found, claim_left_behind, end_left_behind, end_unfinished, forget_dead_owners, sweep
+from .recovery import sweep
 from .registry import Kind, Registry
 from .sandbox import Sandbox, stats_of_all
 from .specs import SandboxSpec, check_service_id
 from .standings import Standings
+from .succession import Succession
 from .supervisor_users import Placed, SupervisorUsers
 from .tenant_threads import TenantThreads
 from .trees import open_tree
@@ -105,8 +106,7 @@ class Supervisor:
         self._events = EventBus(settings.event_buffer, self._listeners)
         self._refusal: RunnerError = StateError("the supervisor is not running", remedy="use it within `async with`")
         self._held = ExitStack()
-        self._sandboxes: dict[tuple[str, str], Sandbox] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._live = LiveSandboxes()
         self._patrol: asyncio.Task[None] | None = None
         self._removals: threading.Thread | None = None
         self._give_up = threading.Event()
@@ -126,12 +126,13 @@ class Supervisor:
                 threads = TenantThreads()
                 self._held.callback(threads.close)
                 self._files = SandboxFiles(host, threads)
-                self.users.place(Placed(host, threads, self._stop_all, self._hold_all))
-                await self._take_over(host)
+                self.users.place(Placed(host, threads, self._live.stop_all, partial(self._live.hold_all, host)))
+                succession = Succession(host, self._live, services=self._role == "server")
+                await succession.take_over()
                 await sweep(host)
                 self._removals = threading.Thread(target=self._clean_up, args=(host,), name="pactown-removals")
                 self._removals.start()
-                self._patrol = asyncio.create_task(self._watch_owners(host), name="pactown-owners")
+                self._patrol = asyncio.create_task(succession.watch(), name="pactown-owners")
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self._close()
@@ -233,22 +234,17 @@ class Supervisor:
             self._patrol.cancel()
             await asyncio.wait([self._patrol])
             self._patrol = None
-        async with anyio.create_task_group() as ending:
-            for sandbox in list(self._sandboxes.values()):
-                leave = self.settings.on_exit == "leave" and sandbox.run.kind == "service"
-                ending.start_soon(_quietly, sandbox, sandbox.course.leave if leave else sandbox.course.end)
+        await self._live.end_all(leave_services=self.settings.on_exit == "leave")
         if self._removals is not None:
             self._give_up.set()
             await to_thread.run_sync(self._removals.join)
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._live.gone()
         if host is not None:
             await host.monitor.close()
 
     def hasten(self) -> None:
         """Let all grace be over, here and now: what was asked to end, or will be, is killed at once."""
-        for sandbox in self._sandboxes.values():
-            sandbox.course.hasten()
+        self._live.hasten()
 
     def events(self) -> EventReader:
         """What happens to users and sandboxes from now on; `async for` reads it, until the supervisor ends.
@@ -325,32 +321,31 @@ class Supervisor:
         Raises:
             NotFoundError: this supervisor has none.
         """
-        try:
-            return self._sandboxes[user_id, service_id]
-        except KeyError:
-            raise NotFoundError(f"no sandbox {service_id!r} of user {user_id!r} runs here") from None
+        if (found := self._live.find(user_id, service_id)) is None:
+            raise NotFoundError(f"no sandbox {service_id!r} of user {user_id!r} runs here")
+        return found
 
     def list(self, user_id: str | None = None) -> list[Sandbox]:
         """The live sandboxes of this supervisor, or those of one user."""
-        return [sandbox for sandbox in self._sandboxes.values() if user_id in (None, sandbox.user_id)]
+        return self._live.of(user_id)
 
     async def stats(
-        self, user_id: str | None = None, *, pressure: bool = False, of: Sequence[Sandbox] | None = None
+        self, sandboxes: Sequence[Sandbox] | None = None, *, pressure: bool = False
     ) -> dict[tuple[str, str], Stats]:
-        """What the live sandboxes of this supervisor, or those of one user, use now, by user and service id.
+        """What all live sandboxes of this supervisor, or some of them, use now, by user and service id.
 
         For many this is much cheaper than to ask each. What is only just being started or ended is left out.
 
         Args:
+            sandboxes: these only, such as `list` gives for one user.
             pressure: read also for how long they waited, which takes up to twice as much time again.
-            of: these sandboxes only, some of those that there are.
 
         Raises:
             StateError: the supervisor is not running.
         """
         if self._host is None:
             raise self._refusal
-        return await stats_of_all(self._host, self.list(user_id) if of is None else of, pressure=pressure)
+        return await stats_of_all(self._host, self.list() if sandboxes is None else sandboxes, pressure=pressure)
 
     async def stats_of_users(self, *, pressure: bool = False) -> dict[str, Stats]:
         """What users with live sandboxes of this supervisor use now, all that runs of each taken together.
@@ -360,7 +355,7 @@ class Supervisor:
         """
         if (host := self._host) is None:
             raise self._refusal
-        claims = ((sandbox.user_id, sandbox.course.claim) for sandbox in self._sandboxes.values())
+        claims = ((sandbox.user_id, sandbox.course.claim) for sandbox in self._live.of())
         keys = {user_id: claim[0] for user_id, claim in claims if claim is not None}
 
         def read() -> dict[str, Stats]:
@@ -399,25 +394,6 @@ class Supervisor:
             async for record in records:
                 yield record
 
-    async def _stop_all(self, user_id: str) -> None:
-        async with anyio.create_task_group() as stopping:
-            for sandbox in self.list(user_id):
-                stopping.start_soon(_quietly, sandbox, sandbox.stop)
-
-    async def _hold_all(self, user: IsolatedUser, still: bool) -> None:
-        """Freeze all that runs of a user, and what is just being started when it does; or thaw it."""
-        for sandbox in self.list(user.saas_user_id):
-            try:
-                if self._host is not None and not sandbox.course.started.is_set():
-                    begin = self._host.tree.let_begin
-                    await to_thread.run_sync(begin, user.key, sandbox.service_id, sandbox.run_id)
-                await sandbox.started()
-                await (sandbox.freeze() if still else sandbox.thaw())
-            except RunnerError:
-                # One that has ended, or never began, does not run on either.
-                if sandbox.state in (State.RUNNING, State.FROZEN):
-                    raise
-
     @asynccontextmanager
     async def _begin(self, spec: SandboxSpec, kind: Kind) -> AsyncGenerator[Sandbox, None]:
         """Begin a sandbox's life. Whoever is cancelled within leaves nothing of it behind."""
@@ -425,118 +401,20 @@ class Supervisor:
             raise SpecError("a one-shot run is not restarted", remedy="start it as a service, or without restart")
         if self._host is None:
             raise self._refusal
-        name = (spec.user_id, spec.service_id)
-        if (there := self._sandboxes.get(name)) is not None:
+        if (there := self._live.find(spec.user_id, spec.service_id)) is not None:
             if there.state is not State.CRASH_LOOPING:
                 raise AlreadyRunningError(f"service {spec.service_id!r} of user {spec.user_id!r} runs already")
             # Somebody tries anew, with another command perhaps.
             await there.course.end()
         try:
-            self._host.admission.check(spec, len(self._sandboxes))
+            self._host.admission.check(spec, len(self._live))
         except AdmissionError as error:
             self._events.note("refused", spec.user_id, spec.service_id, limit=error.limit)
             raise
         run = Run(spec, kind, secrets.token_hex(8), time.time())
-        sandbox = self._watch_over(self._host, run, "new")
+        sandbox = self._live.begin(self._host, run, "new")
         try:
             yield sandbox
         except asyncio.CancelledError:
-            await self._end_abandoned(sandbox)
+            await self._live.abandon(sandbox)
             raise
-
-    def _watch_over(self, host: LoopHost, run: Run, beginning: Beginning, claim: Claim | None = None) -> Sandbox:
-        name = (run.spec.user_id, run.spec.service_id)
-
-        def forget() -> None:
-            if self._sandboxes.get(name) is sandbox:
-                del self._sandboxes[name]
-
-        course = Course(host, run, forget, beginning=beginning, claim=claim)
-        self._sandboxes[name] = sandbox = Sandbox(host, course)
-        task = asyncio.create_task(course.live())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return sandbox
-
-    async def _end_abandoned(self, sandbox: Sandbox) -> None:
-        """Whoever waited for it was cancelled, and perhaps is again: nobody else would ever look after it."""
-        stopping = asyncio.create_task(_quietly(sandbox, sandbox.stop))
-        self._tasks.add(stopping)
-        stopping.add_done_callback(self._tasks.discard)
-        with anyio.CancelScope(shield=True):
-            await asyncio.wait([stopping])
-
-    # What dead owners left --------------------------------------------------------------------------------------
-
-    async def _watch_owners(self, host: LoopHost) -> None:
-        while True:
-            await anyio.sleep(self.settings.takeover_interval)
-            try:
-                await self._take_over(host)
-                await end_unfinished(host)
-                await host.in_thread(forget_dead_owners, host)
-                reap_late(host.unreaped)
-                # The loop's own connection leaves this to us: it waits for the disk.
-                await host.in_thread(host.registry.checkpoint)
-            except Exception:
-                # A look that failed, on a full disk perhaps, must not be the last one.
-                _log.exception("cannot look for what other supervisors left")
-
-    async def _take_over(self, host: LoopHost) -> None:
-        services = self._role == "server"
-        for found in await host.in_thread(lambda: claim_left_behind(host, services=services)):
-            keep = found.row.kind == "service" and self.settings.on_crash == "adopt"
-            if not (keep and await self._go_on(host, found)):
-                await end_left_behind(host, found.claim)
-        if services:
-            await self._bring_back(host)
-
-    async def _go_on(self, host: LoopHost, found: Found) -> bool:
-        """Go on with a service: with what runs of it, or else as its restart policy says. False if it has to end."""
-        try:
-            row = found.row
-            run = Run(SandboxSpec.from_json(row.spec), "service", row.run_id, row.created_at)
-            if (started := self._sandboxes.get((run.spec.user_id, run.spec.service_id))) is not None:
-                # A start here that came too early: the claim is the other's, and it is about to be told so.
-                await asyncio.gather(started.wait(), return_exceptions=True)
-            if found.scope is not None and await self._adopt(host, run, found):
-                return True
-            if run.spec.restart.mode == "no" or not await end_left_behind(host, found.claim, keep=True):
-                return False
-        except Exception as error:
-            _log.error("cannot go on with %s, which another supervisor left: %s", found.row.cgroup, error)
-            return False
-        self._watch_over(host, run, "lost", found.claim)
-        return True
-
-    async def _adopt(self, host: LoopHost, run: Run, found: Found) -> bool:
-        try:
-            await self._watch_over(host, run, "adopt", found.claim).started()
-        except Exception as error:
-            # Where nothing ran, because its start was cut short perhaps, nothing is lost.
-            level = logging.ERROR if found.populated else logging.INFO
-            _log.log(level, "cannot go on with %s, which another supervisor left: %s", found.row.cgroup, error)
-            return False
-        return True
-
-    async def _bring_back(self, host: LoopHost) -> None:
-        """Start registered services that nobody runs: after a restart of the supervisor, or of the host."""
-        for row in await host.in_thread(host.registry.services.absent):
-            try:
-                spec = SandboxSpec.from_json(row.spec)
-            except SpecError as error:
-                _log.error("cannot bring back service %s of user %s: %s", row.service_id, row.key, error)
-                continue
-            if (spec.user_id, spec.service_id) not in self._sandboxes:
-                run = Run(spec, "service", secrets.token_hex(8), time.time())
-                self._watch_over(host, run, "return")
-
-
-async def _quietly(sandbox: Sandbox, end: Callable[[], Awaitable[object]]) -> None:
-    try:
-        await end()
-    except StartError:
-        # It never ran, which its starter has been told.
-        pass
-    except Exception as error:
-        _log.error("%r could not be ended in order: %s", sandbox, error)

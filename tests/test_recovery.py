@@ -497,7 +497,7 @@ async def test_a_look_that_fails_is_not_the_last(
     process = child(service(SLEEP))
     await process.line()
     with monkeypatch.context() as patch:
-        patch.setattr("pactown_runner.supervisor.claim_left_behind", fail)
+        patch.setattr("pactown_runner.succession.claim_left_behind", fail)
         await eventually(lambda: "a disk that is full" in caplog.text)
     await process.killed()
     assert (await adopted(supervisor)).state == "running"

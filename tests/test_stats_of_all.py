@@ -20,7 +20,7 @@ async def test_all_or_one_users_are_counted(supervisor: Supervisor) -> None:
     found = await soon(supervisor.stats())
     assert set(found) == {("a", "api"), ("a", "web"), ("b", "api")}
     assert all(stats.cpu_usage_usec and stats.cpu_pressure is None for stats in found.values())
-    with_pressure = await soon(supervisor.stats("b", pressure=True))
+    with_pressure = await soon(supervisor.stats(supervisor.list("b"), pressure=True))
     assert list(with_pressure) == [("b", "api")]
     assert (with_pressure["b", "api"].cpu_pressure is None) == (not os.path.exists("/proc/pressure/cpu"))
 
