@@ -28,18 +28,20 @@ _LIST_EPILOG = """\
 [bold]--json[/bold] writes {"users": [...], "count": N}. Each user has saas_user_id, linux_username, linux_uid,
 linux_gid, home_dir, created_at (seconds since the epoch), status (ready; creating and deleting, which were begun and
 not ended; kept, which was deleted but for its home), tier (a name or null), blocked, and running (how many sandboxes
-are meant to be alive). Further names may be added; these stay.
+are meant to be alive). Further names may be added; these stay. A server (--server) lists only users who are whole, and
+not the last four.
 
 [bold]Example[/bold]: pactown-runner users list --json | jq -r '.users[] | select(.blocked) | .saas_user_id'"""
 
 _SHOW_EPILOG = """\
 [bold]--json[/bold] writes what `users list` tells of the user, and log_dir, and sandboxes: a list of service_id, kind
-(service or run), created_at, and looked_after, which is false where the process that did has died."""
+(service or run), created_at, and looked_after, which is false where the process that did has died. With --server the
+last two, log_dir, status and running are left out."""
 
 _STATS_EPILOG = """\
 [bold]--json[/bold] writes user (saas_user_id, linux_username), sandbox_count, total_size_mb (MiB), and usage: bytes,
 entries, sandboxes, counted (quota: by the kernel, all that the tenant has on the file system; walk: by the tenant, in
-its home), enforced, disk_max and inodes_max (null for no limit), and walked_at. Further names may be added."""
+its home), enforced, disk_max and inodes_max (null for no limit), and walked_at. Further names may be added. With --server it is what the API answers."""
 
 _EXPORT_EPILOG = """\
 [bold]Examples[/bold]
