@@ -190,8 +190,7 @@ class Metrics(Collector):
             supervisor, gauges = self._supervisor, defaultdict[Labels, dict[str, int]](dict)
             sandboxes = supervisor.list()
             try:
-                # In parts, each of which is forgotten before the next one: so many objects at once would set off garbage
-                # collections of the whole heap, for which the loop would wait.
+                # In parts, each of which is forgotten before the next one: see `exposition`, of samples.
                 for first in range(0, len(sandboxes), BATCH):
                     await self._look_at(sandboxes[first : first + BATCH], gauges)
                 tenants = await supervisor.stats_of_users(pressure=True)
