@@ -41,7 +41,8 @@ last two, log_dir, status and running are left out."""
 _STATS_EPILOG = """\
 [bold]--json[/bold] writes user (saas_user_id, linux_username), sandbox_count, total_size_mb (MiB), and usage: bytes,
 entries, sandboxes, counted (quota: by the kernel, all that the tenant has on the file system; walk: by the tenant, in
-its home), enforced, disk_max and inodes_max (null for no limit), and walked_at. Further names may be added. With --server it is what the API answers."""
+its home), enforced, disk_max and inodes_max (null for no limit), and walked_at. Further names may be added. With
+--server it is what the API answers."""
 
 _EXPORT_EPILOG = """\
 [bold]Examples[/bold]
