@@ -229,7 +229,9 @@ async def work(supervisor):
 
 
 def counted(sandbox: Sandbox) -> int:
-    return int((sandbox.user.home_dir / "sandboxes/Api/number").read_text() or 0)
+    file = sandbox.user.home_dir / "sandboxes/Api/number"
+    # It may have been frozen before it counted at all.
+    return int(file.read_text() or 0) if file.exists() else 0
 
 
 async def runs_on(sandbox: Sandbox) -> None:
