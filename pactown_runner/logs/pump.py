@@ -223,7 +223,6 @@ class LogPump:
                 `detach` leaves the rest to a successor.
         """
         self._stop()
-        self.close_child_fds()
         # A process of another sandbox of this tenant may hold the FIFO open and write on and on: what waits
         # there now is all that this run wrote, and taking it comes to an end.
         owed = [fifo.waiting() for fifo in self._fifos]

@@ -230,6 +230,21 @@ async def test_the_count_appears_though_nothing_follows_and_before_what_does(
     assert found[-2].dropped_bytes
 
 
+async def test_what_is_dropped_is_counted_before_the_next_line_however_soon_that_comes(
+    make_pump: MakePump, write: Write, paths: LogPaths, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pactown_runner.logs.pump.COUNT_SECONDS", 3600)
+    pump = make_pump(tenant=rated(paths, clock, drops=True))
+    program = await flood(pump, write, "sh", "-c", "seq 20000; read x; echo 20001", stdin=asyncio.subprocess.PIPE)
+    await soon(_dropping(pump, 108_894 - PER_SECOND - 10))
+    clock.now += 1
+    await soon(program.communicate(b"\n"))
+    await soon(pump.finish())
+    found = await records(paths)
+    check(found, 20_001)
+    assert found[-1].raw == b"20001"
+
+
 async def test_both_streams_are_counted_each(make_pump: MakePump, write: Write, paths: LogPaths, clock: Clock) -> None:
     pump = make_pump(tenant=rated(paths, clock, drops=True, per_second=4096))
     program = await flood(pump, write, "sh", "-c", "seq 30000 & seq 20000 >&2; wait; printf unfinished")

@@ -56,8 +56,9 @@ def test_a_line_without_newline_waits_until_it_is_known_to_be_whole() -> None:
     assert split(b"x" * PIECE_BYTES, 10, at_end=False) == []
 
 
-def test_a_long_line_is_not_cut_inside_a_character() -> None:
-    line = b"x" + "€".encode() * 30_000 + b"\n"
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_long_line_is_not_cut_inside_a_character(before: int) -> None:
+    line = b"x" * before + "€".encode() * 30_000 + b"\n"
     pieces = [raw.decode() for raw, _, _ in split(line, 10, at_end=False)]
     assert "".join(pieces) == line.decode()[:-1]
 
