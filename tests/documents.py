@@ -285,9 +285,9 @@ server=
 end_server() { [ -z "$server" ] || { kill $server; wait $server || :; }; }
 trap end_server EXIT"""
 _READY = """\
-until curl -fsS --unix-socket {socket} http://localhost/readyz >/dev/null 2>&1; do
+until [ -S {socket} ] && curl -fsS --unix-socket {socket} http://localhost/readyz >/dev/null 2>&1; do
     kill -0 $server
-    sleep 0.02
+    sleep 0.1
 done"""
 
 

@@ -95,12 +95,12 @@ async def lines(sandbox: Sandbox, stream: str = "stdout") -> list[str]:
     return [record.line async for record in sandbox.logs() if record.stream == stream]
 
 
-async def eventually(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Wait for what no event tells of: another process's doing."""
+async def eventually(condition: Callable[[], object], seconds: float = PATIENCE, *, pause: float = 0.005) -> None:
+    """Wait for what no event tells of: another process's doing. The pause is longer where asking takes a process."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not so after {seconds} s: {condition}"
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(pause)
 
 
 # ---- What is left

@@ -19,7 +19,7 @@ from .guest import Guest
 from .image import make_image
 
 HOST_PACKAGES = {"qemu-system-x86_64": "qemu-system-x86", "mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs"}
-NICENESS = 10
+NICENESS = 2
 """Of the guest in which nothing is measured."""
 
 

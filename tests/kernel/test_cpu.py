@@ -25,8 +25,8 @@ print("ready", flush=True)
 while True:
     pass
 """
-WINDOW = 3.0
-"""Seconds over which a share is measured: thirty periods of the kernel's quota."""
+WINDOW = 2.0
+"""Seconds over which a share is measured: twenty periods of the kernel's quota."""
 
 
 async def used(sandbox: Sandbox) -> float:

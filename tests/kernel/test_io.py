@@ -76,8 +76,8 @@ def direct(disk: Disk, act: str, *, size: int, times: int) -> list[str]:
 
 @pytest.mark.parametrize(
     ("limit", "act", "size", "times", "seconds"),
-    [("wbps=1M", "write", MIB // 4, 12, 3), ("rbps=2M", "read", MIB // 4, 24, 3), ("wiops=8", "write", 4096, 24, 3),
-     ("riops=8", "read", 4096, 24, 3)],
+    [("wbps=1M", "write", MIB // 4, 12, 3), ("rbps=2M", "read", MIB // 4, 24, 3), ("wiops=8", "write", 4096, 16, 2),
+     ("riops=8", "read", 4096, 16, 2)],
 )  # fmt: skip
 async def test_a_disk_is_used_no_faster_than_allowed(
     supervisor: Supervisor, disk: Disk, measured: Measure, limit: str, act: str, size: int, times: int, seconds: float

@@ -51,7 +51,7 @@ def service() -> dict[str, Any]:
 
 async def ready() -> dict[str, Any]:
     """The service as the API shows it when it is ready."""
-    await eventually(lambda: service()["ready"], 120)
+    await eventually(lambda: service()["ready"], 120, pause=0.2)
     return service()
 
 

@@ -1,4 +1,7 @@
-"""The unit of deploy/ as systemd runs it: restarted, killed and stopped, while sandboxes run on or end."""
+"""The unit of deploy/ as systemd runs it: restarted, killed and stopped, while sandboxes run on or end.
+
+What it runs is an application that serves, which starts sooner than the command: `test_reboot.py` has that.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def systemctl(*words: str) -> str:
 
 
 class Unit:
-    """The unit as it is shipped, but for what leads it to this test's state and to these sources."""
+    """The unit as it is shipped, but for its program, and for what leads that to this test's state."""
 
     def __init__(self, name: str, settings: Settings, directory: Path) -> None:
         self.name = name
@@ -45,14 +48,13 @@ class Unit:
         """Start it with a program that starts a service, as an application does; its pid and cgroup."""
         for name, text in (("program.py", PROGRAM), ("spec.json", wanted.to_json())):
             (self._directory / name).write_text(text)
-        here = self._directory
-        words = f'exec {sys.executable} {here}/program.py asyncio "$$(cat {here}/spec.json)" >{here}/printed'
-        self.install(on_exit, f"/bin/sh -c '{words}'")
+        self.install(on_exit, '"$$(cat spec.json)"')
         self("start")
-        _, pid, cgroup = read(here / "printed").split()
+        _, pid, cgroup = read(self._directory / "printed").split()
         return int(pid), cgroup
 
-    def install(self, on_exit: str, command: str | None = None) -> None:
+    def install(self, on_exit: str, specs: str = "") -> None:
+        words = f"cd {self._directory} && exec {sys.executable} program.py asyncio {specs} >printed"
         settings = self._settings
         paths = {name: getattr(settings, name) for name in ("users_base", "state_dir", "log_dir", "run_dir")}
         environment = {f"PACTOWN_{name.upper()}": str(path) for name, path in paths.items()} | {
@@ -61,8 +63,7 @@ class Unit:
             "PACTOWN_ON_EXIT": on_exit,
             "PYTHONPATH": str(ROOT),
         }
-        command = command or f"{sys.executable} -m pactown_runner serve"
-        lines = ["[Service]", "ExecStart=", f"ExecStart={command}"]
+        lines = ["[Service]", "ExecStart=", f"ExecStart=/bin/sh -c '{words}'"]
         lines += [f"Environment={name}={value}" for name, value in environment.items()]
         (UNITS / self.name).write_text(UNIT.read_text())
         drop_in = UNITS / f"{self.name}.d/test.conf"
@@ -90,7 +91,11 @@ class Unit:
 
     async def restarted(self, old_pid: str) -> None:
         """Wait until another process looks after services."""
-        await eventually(lambda: self.value("ActiveState") == "active" and self.value("MainPID") != old_pid, 60)
+
+        def is_another() -> bool:
+            return self.value("ActiveState") == "active" and self.value("MainPID") != old_pid
+
+        await eventually(is_another, 60, pause=0.2)
 
 
 @pytest.fixture
