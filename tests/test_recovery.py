@@ -179,7 +179,9 @@ async def test_one_that_ended_while_nobody_looked_is_put_away(settings: Settings
     await process.line()
     async with Supervisor(settings=settings, role="one-shot") as other:
         user = await other.users.get_or_create(USER)
-        await eventually((user.home_dir / "sandboxes/api").exists)
+    # What it has printed and nobody has taken would go with it.
+    log = settings.log_dir / user.linux_username / "api.jsonl"
+    await eventually(lambda: log.exists() and "before" in log.read_text())
     await process.killed()
     (user.home_dir / "sandboxes/api/go").touch()
     await eventually(lambda: processes_of(user.linux_uid) == {})
