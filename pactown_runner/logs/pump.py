@@ -204,12 +204,16 @@ class LogPump:
 
     def start(self) -> None:
         """Begin to take what is written. In the loop's thread."""
-        if self._hub is None:
-            self._hub = LogHub()
+        self._have_hub()
         self._started = True
         self._listen()
         if self._writer is not None:
             self._enqueue()
+
+    def _have_hub(self) -> LogHub:
+        if self._hub is None:
+            self._hub = LogHub()
+        return self._hub
 
     # ---- its end
 
@@ -270,10 +274,8 @@ class LogPump:
     async def _drain(self, owed: list[int]) -> None:
         writer = self._open_writer()
         writer.flush()
-        if self._hub is None:
-            self._hub = LogHub()
         # In turn with all others: many runs may end at once, each with a full FIFO.
-        await self._hub.complete(partial(self._drain_some, writer, owed))
+        await self._have_hub().complete(partial(self._drain_some, writer, owed))
         writer.count_dropped()
         self._wrote(writer)
 

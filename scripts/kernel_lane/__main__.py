@@ -103,11 +103,12 @@ def run_guests(image: Path, junit: Path, args: Sequence[str]) -> int:
     began = time.monotonic()
     with ExitStack() as running:
         if args:
-            guests = [Guest(image, with_files(args, kernel_files()))]
+            guests = [Guest(image, with_files(args))]
         else:
-            beside = [name for name in kernel_files() if "mark.beside" in (TOP / name).read_text()]
+            files = kernel_files()
+            beside = [name for name in files if "mark.beside" in (TOP / name).read_text()]
             guests = [
-                Guest(image, [name for name in kernel_files() if name not in beside], name="measured | "),
+                Guest(image, [name for name in files if name not in beside], name="measured | "),
                 Guest(image, beside, name="beside   | ", cpus=1, niceness=NICENESS),
             ]
         say(f"booting {'the guest' if len(guests) == 1 else f'{len(guests)} guests'}")
@@ -125,9 +126,9 @@ def kernel_files() -> list[str]:
     return [str(path.relative_to(TOP)) for path in files]
 
 
-def with_files(args: Sequence[str], files: Sequence[str]) -> list[str]:
-    """Arguments for pytest that choose from these files, unless they name some."""
-    return list(args) if any(not word.startswith("-") for word in args) else [*args, *files]
+def with_files(args: Sequence[str]) -> list[str]:
+    """Arguments for pytest that choose from the files with kernel tests, unless they name some."""
+    return list(args) if any(not word.startswith("-") for word in args) else [*args, *kernel_files()]
 
 
 def run_native(junit: Path, args: Sequence[str]) -> int:
@@ -135,7 +136,7 @@ def run_native(junit: Path, args: Sequence[str]) -> int:
     junit.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "kernel and not guest", f"--junit-xml={junit}"]
     environment = os.environ | {"PACTOWN_KERNEL_LANE": "1"}
-    command += with_files(args, kernel_files())
+    command += with_files(args)
     status = subprocess.run(command, cwd=TOP, env=environment, check=False).returncode
     return conclude(status, junit, "on this host")
 
