@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import grp
-import os
 import socket
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from pactown_runner.errors import ConfigError
 from pactown_runner.logs import LogError
 from tests.api.conftest import USER, Api, serving
 from tests.client.conftest import Relay
-from tests.supervising import ROOT, eventually, soon, spec
+from tests.supervising import ROOT, eventually, soon, spec, usage
 
 host = pytest.mark.host
 
@@ -87,10 +86,10 @@ async def test_a_socket_may_lie_deep(supervisor: Supervisor, api_settings: Setti
     deep = tmp_path / ("d" * 120)
     async with serving(supervisor, replace(api_settings, api_socket=str(deep / "api.sock"))) as api:
         assert api.where.socket is not None
-        before = len(os.listdir("/proc/self/fd"))
         async with Client(api.where.socket) as client:
             assert (await client.health()).status == "ok"
-        assert len(os.listdir("/proc/self/fd")) <= before + 1
+            assert str(deep) in usage(api_settings).descriptors.values()
+        assert str(deep) not in usage(api_settings).descriptors.values()
 
 
 @host
