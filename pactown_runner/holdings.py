@@ -28,7 +28,7 @@ from .host import Claim, LoopHost
 from .logs import LogFeed, LogPaths, LogPump
 from .main_process import Main
 from .models import IsolatedUser
-from .registry import HOLD, Kind, Registry, SandboxRow
+from .registry import Kind, Registry, SandboxRow
 from .specs import SandboxSpec
 from .trees import slice_name
 
@@ -259,26 +259,21 @@ class Holdings:
             CgroupError: it does not within `timeout` seconds.
             RegistryError: that it is to stay so could not be written down.
         """
-        with self._host.changing_holds():
+        with self._host.registry.holds.changing():
             self._goes_on(False)
             cgroup.request_freeze(True)
         cgroup.freeze(timeout)
 
     def thaw(self, cgroup: Cgroup, timeout: float) -> None:
         """Let it go on; if its tenant is held, when that ends; blocking. Raises as `freeze` does."""
-        with self._host.changing_holds():
+        with self._host.registry.holds.changing():
             if not self._goes_on(True):
                 cgroup.thaw(timeout)
 
     def _goes_on(self, goes_on: bool) -> bool:
         """Write down whether it goes on when the hold on its tenant ends. False if there is none."""
         key, service_id, _ = self.claim
-        registry = self._host.registry
-        if (hold := registry.sandboxes.row(key, HOLD)) is None:
-            return False
-        others = registry.holds.frozen(key) - {service_id}
-        registry.holds.set_frozen(key, hold.run_id, others | {service_id} if goes_on else others)
-        return True
+        return self._host.registry.holds.change(key, [service_id], goes_on=goes_on)
 
     def stats(self, *, pressure: bool) -> Stats:
         """The counters, as far as they can be read."""

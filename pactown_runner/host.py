@@ -6,13 +6,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 from .admission import Admission
 from .config import Settings
-from .database import exclusive
 from .errors import RegistryError
 from .events import EventBus
 from .logs import LogHub, LogTenants
@@ -76,10 +74,6 @@ class Host:
         except RegistryError as error:
             _log.error("cannot write down yet that run %s of %s has ended: %s", claim[2], claim[1], error)
             self.unfinished[claim] = None
-
-    def changing_holds(self) -> AbstractContextManager[None]:
-        """Freeze or thaw what a hold may let go on when it ends, while nobody else does, in any process; blocking."""
-        return exclusive(self.registry.path.parent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,8 +107,18 @@ class Standings:
                 self._quotas.change(user, standing.tier, before.tier)
                 raise
         self._registry.standings.set(key, standing)
-        if tree is not None and (standing.blocked or before.blocked):
-            tree.hold_still(key, standing.blocked)
+        if tree is not None and standing.blocked:
+            tree.hold_still(key, True)
+        elif tree is not None and before.blocked:
+            self._let_go_on(tree, key)
+
+    def _let_go_on(self, tree: Tree, key: str) -> None:
+        """Thaw what runs of a user: now, or when its home is no longer exported or imported."""
+        with self._registry.holds.changing():
+            services = {row.service_id for row in self._registry.sandboxes.rows(key=key)}
+            named = [service for service in services if not service.startswith("_")]
+            if not self._registry.holds.change(key, named, goes_on=True):
+                tree.hold_still(key, False)
 
     def _limits(self, standing: Standing) -> Limits:
         tier = self._tier(standing)

@@ -209,7 +209,7 @@ class SupervisorUsers:
     async def set_standing(self, user_id: str, standing: Standing) -> None:
         """Let a user have this. One who is blocked stands still, with all that runs of it, and starts nothing.
 
-        One who is blocked no more is thawed, whoever froze it.
+        One who is blocked no more is thawed, whoever froze it; if its home is exported meanwhile, when that is done.
 
         Raises:
             NotFoundError: there is no such user.

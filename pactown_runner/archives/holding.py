@@ -67,7 +67,7 @@ class Hold:
             with suppress(GoneError):
                 scopes[name] = self._kept.enter_context(self._open(name))
         holds = self._host.registry.holds
-        with self._host.changing_holds():
+        with self._host.registry.holds.changing():
             thawed = {name: scope for name, scope in scopes.items() if not _freeze_requested(scope)}
             # First: whoever comes after us has to know of it.
             holds.set_frozen(self._key, self.run_id, holds.frozen(self._key) | thawed.keys())
@@ -157,7 +157,7 @@ def end_hold(host: Host, claim: Claim) -> None:
     """
     key = claim[0]
     # Its record is to go with what it says: who says that something stays frozen, or goes on, finds both or neither.
-    with host.changing_holds(), ExitStack() as stack:
+    with host.registry.holds.changing(), ExitStack() as stack:
         scopes = []
         for name in host.registry.holds.frozen(key):
             with suppress(GoneError):

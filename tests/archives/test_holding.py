@@ -358,14 +358,26 @@ async def test_what_runs_can_be_stopped_meanwhile(supervisor: Supervisor, host: 
 
 
 async def test_who_is_blocked_meanwhile_stays_frozen(supervisor: Supervisor, host: Host, user: IsolatedUser) -> None:
-    await start_writer(supervisor)
+    writer = await start_writer(supervisor)
     async with holding(host, user):
         await supervisor.users.set_standing(USER, Standing(blocked=True))
     with host.tree.open_scope(f"pactown-{user.key}.slice", "api.scope") as scope:
         assert scope.frozen()
     async with holding(host, user):
         await supervisor.users.set_standing(USER, Standing())
+        assert is_frozen(writer)
     await goes_on(user, int((user.home_dir / "sandboxes/file399").read_text() or 0))
+
+
+async def test_who_is_blocked_no_more_goes_on_when_the_hold_ends(
+    supervisor: Supervisor, host: Host, user: IsolatedUser
+) -> None:
+    writer = await start_writer(supervisor)
+    async with holding(host, user):
+        for standing in (Standing(blocked=True), Standing()):
+            await supervisor.users.set_standing(USER, standing)
+            assert is_frozen(writer)
+    await eventually(lambda: not is_frozen(writer))
 
 
 @pytest.mark.parametrize("end", ["in order", "by its death"])
