@@ -26,7 +26,8 @@ async def test_a_frozen_sandbox_uses_no_cpu(supervisor: Supervisor, bystander: B
     before = await used(sandbox)
     async with bystander.answering():
         await asyncio.sleep(1)  # the time in which it must not run
-    assert await used(sandbox) == before
+    # What it used last, to fall asleep, may be charged when it is frozen already.
+    assert await used(sandbox) < before + 0.01
     await sandbox.set_limits(Limits(cpu_max=0.5, pids_max=10))
     await sandbox.thaw()
     async with asyncio.timeout(10):
