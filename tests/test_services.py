@@ -247,8 +247,8 @@ async def test_a_service_is_ready_when_its_probe_says_so_and_ended_when_it_is_de
             spec(
                 python(SERVER),
                 env={"PORT": str(port)},
-                ready=Probe(port=port, path="/up", interval=0.02, failures=1),
-                alive=Probe(command="test ! -e dead", interval=0.02, failures=2),
+                ready=Probe(port=port, path="/up", interval=0.02, timeout=PATIENCE, failures=1),
+                alive=Probe(command="test ! -e dead", interval=0.02, timeout=PATIENCE, failures=2),
                 restart=policy("on-failure"),
             )
         )
@@ -278,7 +278,7 @@ async def test_one_that_never_gets_ready_is_ended(supervisor: Supervisor) -> Non
 
 
 async def test_one_that_ends_in_order_is_not_taken_for_dead(supervisor: Supervisor) -> None:
-    alive = Probe(command="test ! -e dead", interval=0.01, failures=1)
+    alive = Probe(command="test ! -e dead", interval=0.01, timeout=PATIENCE, failures=1)
     sandbox = await supervisor.start(
         spec("trap 'touch dead; sleep 0.3; exit 0' TERM; echo ready; while :; do sleep 0.01; done", alive=alive)
     )
@@ -381,7 +381,7 @@ async def work(supervisor):
 
 
 def _has_ended(pid: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # before it was opened, or after
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     return True
 
