@@ -158,6 +158,8 @@ async def test_callers_of_a_server_that_is_restarted_get_clean_errors(settings: 
                     work = [asyncio.create_task(keep_on(process, heard, what)) for what in LOAD]
                 await eventually(partial(is_busy, heard, heard.well()))
                 pids.add((await client.get(BOX)).raise_for_status().json()["pid"])
+            # What was said before the end may be read behind it.
+            await eventually(lambda: not heard.listening)
             assert not any(task.done() for task in work), [task for task in work if task.done()]
     finally:
         for task in work:
