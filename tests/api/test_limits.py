@@ -19,7 +19,7 @@ from pactown_runner import Settings, Supervisor
 from pactown_runner.api import create_app, listening
 from pactown_runner.errors import ConfigError, StateError
 from tests.api.conftest import USER, Api, serving, token
-from tests.supervising import eventually, soon, spec
+from tests.supervising import eventually, line_of, soon, spec
 
 pytestmark = [pytest.mark.host]
 
@@ -242,7 +242,9 @@ async def test_peers_are_known_on_each_loop(supervisor: Supervisor, api_settings
 
 
 async def test_requests_under_way_end_before_the_server_does(supervisor: Supervisor, api_settings: Settings) -> None:
-    sandbox = await supervisor.start(spec("trap 'sleep 3; exit 7' TERM; echo ready; while :; do sleep 0.1; done"))
+    command = "trap 'sleep 3; exit 7' TERM; echo ready; while :; do sleep 0.1; done"
+    sandbox = await supervisor.start(spec(command, stop_grace=60.0))
+    await line_of(sandbox)
     transport = httpx.AsyncHTTPTransport(uds=str(api_settings.api_socket_path))
     client = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30)
     async with client, serving(supervisor, api_settings):
