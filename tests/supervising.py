@@ -180,7 +180,7 @@ def _usage_at_rest(settings: Settings, wanted: Usage | None) -> Usage:
     Args:
         wanted: look for this, if it comes soon; else for the same twice.
     """
-    deadline = time.monotonic() + 1
+    deadline = time.monotonic() + 10
     found = usage(settings)
     while time.monotonic() < deadline:
         before, found = found, usage(settings)
