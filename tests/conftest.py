@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import hostsweep
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:  # as a plugin it must not be imported before pytest does
 pytest_plugins = ("tests.hostguard", "tests.deadline", "tests.lanes", "tests.supervising")
 
 _numbers = itertools.count(1)
+
+# How long an example takes is the machine's business.
+settings.register_profile("patient", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def pytest_asyncio_loop_factories(
