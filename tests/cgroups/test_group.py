@@ -282,6 +282,7 @@ def test_what_is_not_closed_warns_and_is_closed(group: Cgroup) -> None:
         act()
         gc.collect()
 
+    gc.collect()
     before = descriptors()
     with pytest.warns(ResourceWarning, match=r"unclosed <Cgroup '.*/a\.scope'"):
         forget(lambda: group.child("a.scope", create=True))
