@@ -149,7 +149,7 @@ async def test_pressure_is_told_of_each_tenant_that_has_it(bus: EventBus, make: 
         assert first.details["total_usec"] >= 50_000
         assert second.details["total_usec"] > first.details["total_usec"]
         assert 0 < second.details["avg10"] <= 100
-        assert second.ts - first.ts >= 1
+        assert second.ts - first.ts > 0.5  # two clocks, and a machine that may stop us between a look at each
 
 
 @pytest.mark.host
