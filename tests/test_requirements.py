@@ -103,9 +103,9 @@ async def test_another_reason_than_the_environment_is_told_as_it_is(runner: Supe
 
 async def test_making_it_does_not_count_against_a_run_s_time(runner: Supervisor, index: Index) -> None:
     index.open.clear()
-    running = asyncio.create_task(runner.run(wanting(timeout=3)))
+    running = asyncio.create_task(runner.run(wanting(timeout=5)))
     assert await asyncio.to_thread(index.asked.wait, 60)
-    await eventually(lambda: _age(runner) > 3)
+    await eventually(lambda: _age(runner) > 5)
     index.open.set()
     assert (await soon(running, 60)).reason == "exited"
 
