@@ -229,8 +229,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in ((hostsweep.RUN_VARIABLE, run.name), ("TMPDIR", str(temporary))):
         _set_environ(restore, name, value)
     tempfile.tempdir = None
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        previous = signal.signal(number, partial(_like_interrupt, run))
+    # A shell starts what runs in the background with SIGINT ignored, and that would go on to all that tests start.
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), partial(_like_interrupt, run))
+    for number, handler in {signal.SIGINT: signal.default_int_handler, **handlers}.items():
+        previous = signal.signal(number, handler)
         restore.callback(signal.signal, number, previous)
 
 
