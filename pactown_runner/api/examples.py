@@ -7,6 +7,7 @@ from typing import Any
 __all__ = [
     "EVENTS",
     "EXECUTED",
+    "HEARD",
     "METRICS",
     "RECORDS",
     "SANDBOX",
@@ -105,6 +106,17 @@ EXECUTED: dict[str, Any] = {
     "stderr_b64": None,
     "dropped": 0,
 }
+HEARD = """\
+event: started
+data: {}
+
+event: stdout
+data: {"text": "hello"}
+
+event: end
+data: {"reason": "exited", "exit_code": 0, "signal": null, "timed_out": false}
+
+"""
 RECORDS = """\
 id: 7
 event: record

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Send
@@ -17,7 +17,9 @@ from .access import Caller
 from .problems import problem_of
 from .server import Server
 
-__all__ = ["EVENT", "MEDIA_TYPE", "Closing", "Message", "end", "event_stream"]
+__all__ = ["EVENT", "MEDIA_TYPE", "Closing", "Message", "chained", "end", "event_stream"]
+
+T = TypeVar("T")
 
 MEDIA_TYPE = "text/event-stream"
 
@@ -66,6 +68,16 @@ class Closing(StreamingResponse):
         assert isinstance(body, AsyncGenerator)
         async with aclosing(body):
             await super().stream_response(send)
+
+
+async def chained(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """All of a source of which the first piece was taken already, to learn whether there is one. It is closed."""
+    try:
+        yield first
+        async for piece in rest:
+            yield piece
+    finally:
+        await rest.aclose()
 
 
 def event_stream(server: Server, caller: Caller, source: AsyncGenerator[Message, None]) -> Closing:

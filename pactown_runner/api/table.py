@@ -230,6 +230,15 @@ ROWS: tuple[Row, ...] = (
         example=examples.EXECUTED,
     ),
     _sandboxes(
+        "POST",
+        _SANDBOX + "/exec/stream",
+        executions.execute_stream,
+        "Execute a further program, and hear it",
+        access=ADMIN,
+        media_type=sse.MEDIA_TYPE,
+        example=examples.HEARD,
+    ),
+    _sandboxes(
         "PATCH",
         _SANDBOX + "/limits",
         sandboxes.set_limits,

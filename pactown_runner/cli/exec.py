@@ -9,13 +9,13 @@ import typer
 
 from .asking import Ask
 from .completing import complete_service, complete_user
-from .messages import Ended, errors_told, say
+from .messages import Ended, errors_told
 from .options import Command, Config, Cwd, Env, Raw, ServerInstead, Stdin, UsersBase, environment_of, load_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
-    from ..client import Client, ExecResult
+    from ..client import Client, ExecStatus, ExecStream
 
 __all__ = ["register"]
 
@@ -77,12 +77,12 @@ def execute(
     ends with it. Its output comes out here and not in the log. When this command is interrupted, the program is killed
     with its process group; what has left that stays a part of the service.
 
-    With --server its output comes at its end, of each stream the first MiB, and its standard input is read whole first.
+    With --server its standard input is read whole first.
     """
     if server is not None:
         _ask_server(
             Ask(server, users_base, config, as_json=False, failed=EXEC_FAILED),
-            lambda client, given, added: client.exec(
+            lambda client, given, added: client.exec_stream(
                 user, service, command, stdin=given, env=added, cwd=cwd, timeout=LONGEST
             ),
             env or [],
@@ -100,7 +100,7 @@ def execute(
 
 def _ask_server(
     ask: Ask,
-    execute: Callable[[Client, bytes, dict[str, str]], Awaitable[ExecResult]],
+    execute: Callable[[Client, bytes, dict[str, str]], ExecStream],
     env: list[str],
     *,
     stdin: bool,
@@ -110,20 +110,23 @@ def _ask_server(
         added = environment_of(env)
         given = sys.stdin.buffer.read() if stdin else b""
 
-    async def work(client: Client) -> ExecResult:
-        from .output import Output, shown  # noqa: PLC0415
+    async def work(client: Client) -> ExecStatus | None:
+        from .output import Output, Shown  # noqa: PLC0415
 
-        done = await execute(client, given, added)
-        await Output({}, raw=raw).write([(1, shown(done.stdout, 1, raw=raw)), (2, shown(done.stderr, 2, raw=raw))])
-        return done
+        written = Output({}, raw=raw)
+        shown = {"stdout": (1, Shown(1, raw=raw)), "stderr": (2, Shown(2, raw=raw))}
+        async with execute(client, given, added) as output:
+            async for stream, data in output:
+                fd, as_shown = shown[stream]
+                await written.write([(fd, as_shown(data))])
+            await written.write([(fd, as_shown(b"", final=True)) for fd, as_shown in shown.values()])
+            return output.status
 
     ask.then(work, _end_as)
 
 
-def _end_as(done: ExecResult) -> None:
+def _end_as(status: ExecStatus | None) -> None:
     """End as the program did."""
-    if done.dropped:
-        say(f"pactown-runner: {done.dropped} bytes are missing: a server tells the first MiB of each output")
-    if done.signal is not None:
-        raise Ended(128 + done.signal)
-    raise Ended(EXEC_FAILED if done.exit_code is None else done.exit_code)
+    if status is not None and status.signal is not None:
+        raise Ended(128 + status.signal)
+    raise Ended(EXEC_FAILED if status is None or status.exit_code is None else status.exit_code)

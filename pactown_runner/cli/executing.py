@@ -6,7 +6,6 @@ Nothing is asked of the process that looks after the service, nor told to it. Th
 from __future__ import annotations
 
 import asyncio
-import codecs
 import contextlib
 import os
 import select
@@ -30,8 +29,7 @@ from ..users import Users
 from .feeding import feed
 from .interrupting import interruptible
 from .messages import LOOK_FOR_USERS, look_for_services, say
-from .output import Output
-from .visible import visible
+from .output import Output, Shown
 
 __all__ = ["execute_to_end"]
 
@@ -178,15 +176,10 @@ async def _relay(execution: Execution, *, raw: bool) -> None:
 
 
 async def _pass_on(stream: OutputPipe, fd: int, output: Output, *, raw: bool) -> None:
-    if raw or not os.isatty(fd):
-        async for chunk in stream:
-            await output.write([(fd, chunk)])
-        return
-    # A chunk may end within a character.
-    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    shown = Shown(fd, raw=raw)
     async for chunk in stream:
-        await output.write([(fd, visible(decoder.decode(chunk).encode()))])
-    await output.write([(fd, visible(decoder.decode(b"", final=True).encode()))])
+        await output.write([(fd, shown(chunk))])
+    await output.write([(fd, shown(b"", final=True))])
 
 
 def _ends(pidfd: int) -> bool:

@@ -7,6 +7,7 @@ does what may block, and the loop that empties the sandbox's pipes never waits f
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import os
 import queue
@@ -17,7 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from ..models import LogRecord, Stream
 from .visible import visible
 
-__all__ = ["Output", "relay", "shown"]
+__all__ = ["Output", "Shown", "relay"]
 
 AHEAD_BYTES = 1 << 20
 """What may wait for a slow reader in our memory. The rest waits in the log."""
@@ -155,6 +156,19 @@ def _joined(parts: list[Part]) -> list[Part]:
     return [(fd, b"".join(pieces)) for fd, pieces in joined]
 
 
-def shown(data: bytes, fd: int, *, raw: bool) -> bytes:
-    """What goes to a descriptor for this: to a terminal no control characters, unless they are wanted."""
-    return data if raw or not os.isatty(fd) else visible(data)
+class Shown:
+    """Pieces on their way to a descriptor: to a terminal no control characters, unless they are wanted.
+
+    Args:
+        fd: the descriptor.
+        raw: let control characters through.
+    """
+
+    def __init__(self, fd: int, *, raw: bool) -> None:
+        passes = raw or not os.isatty(fd)
+        # A piece may end within a character.
+        self._decoder = None if passes else codecs.getincrementaldecoder("utf-8")("backslashreplace")
+
+    def __call__(self, data: bytes, *, final: bool = False) -> bytes:
+        """What of this, and of what was kept back of the piece before it, is to be written."""
+        return data if self._decoder is None else visible(self._decoder.decode(data, final).encode())

@@ -22,6 +22,7 @@ from .errors import BadAnswerError
 
 __all__ = [
     "ExecResult",
+    "ExecStatus",
     "Health",
     "ImportedHome",
     "SandboxView",
@@ -142,23 +143,18 @@ class SandboxView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExecResult:
-    """How a further program ended, and what it printed.
+class ExecStatus:
+    """How a further program ended.
 
     Attributes:
         exit_code: None if a signal ended it.
         signal: that signal's number, or None.
         timed_out: whether it was killed because its time was over.
-        stdout, stderr: the bytes, of each the first MiB.
-        dropped: bytes beyond that, of both together.
     """
 
     exit_code: int | None
     signal: int | None
     timed_out: bool
-    stdout: bytes
-    stderr: bytes
-    dropped: int = 0
 
     @property
     def ok(self) -> bool:
@@ -168,7 +164,26 @@ class ExecResult:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Read it from an answer."""
-        read = {name: _bytes(values[name], values.get(f"{name}_b64")) for name in ("stdout", "stderr")}
+        return cls(**_known(cls, values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecResult(ExecStatus):
+    """How a further program ended, and what it printed.
+
+    Attributes:
+        stdout, stderr: the bytes, of each the first MiB.
+        dropped: bytes beyond that, of both together.
+    """
+
+    stdout: bytes
+    stderr: bytes
+    dropped: int = 0
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Read it from an answer."""
+        read = {name: bytes_of(values[name], values.get(f"{name}_b64")) for name in ("stdout", "stderr")}
         return cls(**_known(cls, values) | read)
 
 
@@ -294,7 +309,7 @@ def record_of(values: Mapping[str, Any]) -> LogRecord:
         ts=values["ts"],
         seq=values["seq"],
         stream=values["stream"],
-        raw=_bytes(values["line"], values.get("line_b64")),
+        raw=bytes_of(values["line"], values.get("line_b64")),
         partial=values["partial"],
         dropped_lines=values["dropped_lines"],
         dropped_bytes=values["dropped_bytes"],
@@ -320,7 +335,8 @@ def tier_of(values: Mapping[str, Any]) -> Tier:
     return Tier(**read)
 
 
-def _bytes(text: str, encoded: str | None) -> bytes:
+def bytes_of(text: str, encoded: str | None) -> bytes:
+    """What was printed: a text, or what is not one, in base 64."""
     return text.encode() if encoded is None else base64.b64decode(encoded, validate=True)
 
 

@@ -15,7 +15,7 @@ from .answers import ExecResult, SandboxView, Transferred, spec_body, stats_of
 from .calls import Calls
 from .errors import BadAnswerError
 from .paths import file_path, sandbox_path
-from .streams import EventStream, LogStream
+from .streams import EventStream, ExecStream, LogStream
 
 if TYPE_CHECKING:
     from .connection import Options
@@ -157,16 +157,32 @@ class SandboxCalls(Calls):
             StartError: it could not be executed.
             StateError: nothing runs.
         """
-        body: dict[str, Any] = {
-            "command": command if isinstance(command, str) else list(command),
-            "env": dict(env or {}),
-            "cwd": cwd,
-            "timeout": timeout,
-        }
-        if stdin:
-            body["stdin_b64"] = base64.b64encode(stdin).decode()
+        body = _exec_body(command, stdin, env, cwd, timeout)
         path = sandbox_path(user_id, service_id, "exec")
         return await self._ask(ExecResult.of, "POST", path, body=body, read=None)
+
+    def exec_stream(
+        self,
+        user_id: str,
+        service_id: str,
+        command: str | Sequence[str],
+        *,
+        stdin: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        timeout: float = 60.0,
+    ) -> ExecStream:
+        """As `exec`, but with all that it prints, as it prints it:
+
+            async with client.exec_stream("alice", "api", "make 2>&1") as output:
+                async for stream, data in output: ...
+            print(output.status)
+
+        Raises:
+            NotFoundError, StartError, StateError: see `exec`; when it is read.
+        """
+        body = _exec_body(command, stdin, env, cwd, timeout)
+        return ExecStream(self._connection, sandbox_path(user_id, service_id, "exec/stream"), body)
 
     async def set_limits(self, user_id: str, service_id: str, limits: Limits) -> SandboxView:
         """Change limits while it runs: all that are given, or none. They hold for its later runs, too.
@@ -273,6 +289,18 @@ class SandboxCalls(Calls):
             SpecError: the path leads elsewhere.
         """
         return await self._connection.read("GET", file_path(user_id, service_id, path), read=None)
+
+
+def _exec_body(
+    command: str | Sequence[str], stdin: bytes, env: Mapping[str, str] | None, cwd: str | None, timeout: float
+) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "command": command if isinstance(command, str) else list(command),
+        "env": dict(env or {}),
+        "cwd": cwd,
+        "timeout": timeout,
+    }
+    return {**body, "stdin_b64": base64.b64encode(stdin).decode()} if stdin else body
 
 
 def _refuse_stdin(spec: SandboxSpec) -> None:

@@ -1,4 +1,4 @@
-"""Logs and events as they come: server-sent events, which end with a reason and can be resumed."""
+"""Logs, events and output as they come: server-sent events, which end with a reason. Some can be resumed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 from ..models import Event, LogRecord, Outcome
-from .answers import event_of, outcome_of, record_of, understood
+from .answers import ExecStatus, bytes_of, event_of, outcome_of, record_of, understood
 from .errors import (
     ClientError,
     ConnectionLostError,
@@ -24,9 +24,9 @@ from .problems import error_of
 if TYPE_CHECKING:
     import httpx
 
-    from .connection import Connection
+    from .connection import Connection, Options
 
-__all__ = ["RECONNECT_SECONDS", "EventStream", "LogStream", "Stream", "StreamEnd"]
+__all__ = ["RECONNECT_SECONDS", "EventStream", "ExecOutput", "ExecStream", "LogStream", "Stream", "StreamEnd"]
 
 RECONNECT_SECONDS = 60.0
 """For so long a stream that is to reconnect tries to, before it gives up."""
@@ -75,7 +75,7 @@ class StreamEnd:
 
     Attributes:
         reason: `read` (there is no more), `ended` (the service has), `not-running` (what was to be followed does not
-            run, and there is no more).
+            run, and there is no more), `exited` (a further program has).
         outcome: with `ended`, how.
     """
 
@@ -161,19 +161,19 @@ class Stream(ABC, AsyncIterator[T], Generic[T]):
         if self._messages is None:
             await self._connect()
             assert self._messages is not None
-        message = await anext(self._messages, None)
-        if message is None:
-            raise ConnectionLostError("the stream broke off before its end", remedy="see what the server logged")
-        with understood():
-            if message.event != "end":
-                return self._item(message)
-            self.end = _end_of(message.data)
-        return None
+        async for message in self._messages:
+            with understood():
+                if message.event == "end":
+                    self._ended(message.data)
+                    return None
+                if (item := self._item(message)) is not None:
+                    return item
+        raise ConnectionLostError("the stream broke off before its end", remedy="see what the server logged")
 
     async def _connect(self) -> None:
-        self._answer = await self._connection.open(
-            "GET", self._path, params=self._params(), accept="text/event-stream", read=SILENCE_SECONDS
-        )
+        method, options = self._question()
+        options["accept"], options["read"] = "text/event-stream", SILENCE_SECONDS
+        self._answer = await self._connection.open(method, self._path, **options)
         self._messages = messages(self._connection.pieces(self._answer))
         self._connected_before = True
 
@@ -203,12 +203,16 @@ class Stream(ABC, AsyncIterator[T], Generic[T]):
             await answer.aclose()
 
     @abstractmethod
-    def _params(self) -> Mapping[str, Any]:
-        """What to ask for now."""
+    def _question(self) -> tuple[str, Options]:
+        """The method, and what goes with it, to ask for it now."""
 
     @abstractmethod
-    def _item(self, message: Message) -> T:
-        """What a message means."""
+    def _item(self, message: Message) -> T | None:
+        """What a message means; None for nothing."""
+
+    def _ended(self, data: Mapping[str, Any]) -> None:
+        """Nothing follows, and this says why. Raises as `__anext__` does."""
+        self.end = _end_of(data)
 
     def _resumed(self) -> T | None:
         """What is to be told of having come back, if anything."""
@@ -238,8 +242,8 @@ class LogStream(Stream[LogRecord]):
         self._follow = follow
         self._tail = tail
 
-    def _params(self) -> Mapping[str, Any]:
-        return {"follow": self._follow, "since": self.cursor, "tail": self._tail}
+    def _question(self) -> tuple[str, Options]:
+        return "GET", {"params": {"follow": self._follow, "since": self.cursor, "tail": self._tail}}
 
     def _item(self, message: Message) -> LogRecord:
         record = record_of(message.data)
@@ -255,8 +259,8 @@ class EventStream(Stream[Event]):
         super().__init__(connection, path, reconnect=reconnect)
         self._user_id = user_id
 
-    def _params(self) -> Mapping[str, Any]:
-        return {"user_id": self._user_id}
+    def _question(self) -> tuple[str, Options]:
+        return "GET", {"params": {"user_id": self._user_id}}
 
     def _item(self, message: Message) -> Event:
         return event_of(message.data)
@@ -264,6 +268,47 @@ class EventStream(Stream[Event]):
     def _resumed(self) -> Event:
         # Nobody knows how many: the server keeps none for those who are not there.
         return Event(kind="missed", ts=time.time(), details={"count": None})
+
+
+class ExecOutput(NamedTuple):
+    """What a program printed.
+
+    Attributes:
+        stream: on which of its two outputs.
+        data: a piece, which may begin and end anywhere.
+    """
+
+    stream: Literal["stdout", "stderr"]
+    data: bytes
+
+
+class ExecStream(Stream[ExecOutput]):
+    """What a further program prints, as it prints it. The program is executed when the block is entered, or the first
+    piece is asked for; it waits while nobody reads, and is killed when the stream is closed.
+
+    Attributes:
+        status: how it ended, once the stream has.
+    """
+
+    def __init__(self, connection: Connection, path: str, body: Mapping[str, Any]) -> None:
+        super().__init__(connection, path, reconnect=False)
+        self._body = body
+        self.status: ExecStatus | None = None
+
+    def _question(self) -> tuple[str, Options]:
+        return "POST", {"body": self._body}
+
+    def _item(self, message: Message) -> ExecOutput | None:
+        match message.event:
+            case "stdout" | "stderr" as stream:
+                return ExecOutput(stream, bytes_of(message.data.get("text", ""), message.data.get("b64")))
+        return None
+
+    def _ended(self, data: Mapping[str, Any]) -> None:
+        if data["reason"] != "exited":
+            super()._ended(data)
+        else:
+            self.end, self.status = StreamEnd("exited"), ExecStatus.of(data)
 
 
 def _end_of(data: Mapping[str, Any]) -> StreamEnd:

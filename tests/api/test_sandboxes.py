@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
@@ -187,6 +188,29 @@ async def test_an_execution_ends_with_its_caller(api: Api) -> None:
     await eventually(lambda: len(processes_of(uid)) == 3)
     asking.cancel()
     await eventually(lambda: len(processes_of(uid)) == 1)
+
+
+async def test_what_a_program_prints_is_told_as_it_does(api: Api) -> None:
+    client = await api.client()
+    await started(client)
+    # A character in two pieces, bytes that are none, and an end within one.
+    command = r"printf 'h\303'; while [ ! -e go ]; do sleep 0.02; done; printf '\251'; printf '\377\303' >&2"
+    async with client.stream("POST", BOX + "/exec/stream", json={"command": command}) as answer:
+        events = answer.aiter_text()
+        said = await soon(anext(events))
+        while '"text": "h"' not in said:
+            said += await soon(anext(events))
+        await api.supervisor.files.put(USER, "api", b"", "go")
+        async for piece in events:
+            said += piece
+    found = re.findall("event: (.*)\ndata: (.*)", said)
+    assert (found[0], found[-1][0]) == (("started", "{}"), "end")
+    told = [(event, json.loads(data)) for event, data in found]
+    assert "".join(data["text"] for event, data in told if event == "stdout") == "h\u00e9"
+    assert b"".join(base64.b64decode(data["b64"]) for event, data in told if event == "stderr") == b"\xff\xc3"
+    assert told[-1][1] == {"reason": "exited", "exit_code": 0, "signal": None, "timed_out": False}
+    refused(await client.post(BOX + "x/exec/stream", json={"command": "x"}), 404, "not-found")
+    assert (await client.post(BOX + "/exec/stream", json={"command": ["/no/such"]})).json()["code"] == "failed-to-start"
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,8 @@ def test_a_program_is_executed_by_the_server(asked: Asked, cli: Cli) -> None:
     done = asked(*execute("cat; pwd; echo $A >&2; exit 3", "-i", "--env", "A=b", "--cwd", "/"), input=b"\0in\n")
     assert (done.returncode, done.stdout, done.stderr) == (3, b"\0in\n/\n", b"b\n")
     assert asked(*execute("kill -9 $$")).returncode == 137
-    done = asked(*execute("head -c 1048580 /dev/zero"))
-    assert (done.returncode, len(done.stdout)) == (0, 1 << 20)
-    assert done.stderr == b"pactown-runner: 4 bytes are missing: a server tells the first MiB of each output\n"
+    done = asked(*execute("head -c 3000000 /dev/zero"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, bytes(3_000_000), b"")
     done = asked("exec", "--user", USER, "--service", "api", "--", "nothing-of-this-name")
     assert (done.returncode, done.stdout) == (125, b"")
     assert b"cannot execute" in done.stderr
@@ -62,12 +61,26 @@ async def test_an_interrupted_command_ends_what_the_server_executed(
     process = start(*execute("sleep 1000 & wait"))
 
     def tasks() -> int:
-        return len(asked(*execute("ps -o pid= -C sleep")).stdout.split())
+        return len(asked(*execute("pgrep -u $(id -u) -x sleep")).stdout.split())
 
     await eventually(lambda: tasks() == 2, SECONDS)
     process.terminate()
     assert process.wait(SECONDS) == 143
     await eventually(lambda: tasks() == 1, SECONDS)
+
+
+def test_what_the_server_executes_is_heard_as_it_prints(
+    serving: Served, cli: Cli, start: Start, environ: dict[str, str]
+) -> None:
+    assert cli(*start_words("sleep", "1000")).returncode == 0
+    environ["PACTOWN_SERVER"] = socket_of(environ)
+    words = execute("echo ready; while [ ! -e go ]; do sleep 0.02; done; echo done >&2")
+    process = start(*words)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == b"ready\n"
+    assert cli(*execute("touch go")).returncode == 0
+    assert (process.stderr.read(), process.wait(SECONDS)) == (b"done\n", 0)
 
 
 def test_files_go_there_and_back(asked: Asked, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pactown_runner import Client, Limits, Probe, RestartPolicy, Settings, State, Supervisor
-from pactown_runner.client import ClientError, SandboxView
+from pactown_runner.client import ClientError, ExecStatus, SandboxView, StreamEnd
 from pactown_runner.errors import (
     AdmissionError,
     AlreadyRunningError,
@@ -163,6 +163,35 @@ async def test_programs_are_executed_in_it_and_signals_sent(api: Api, client: Cl
         assert (await soon(anext(records))).line == "hup"
     with pytest.raises(SpecError):
         await client.signal(USER, "api", 64 - 32)
+
+
+async def test_what_is_executed_is_heard_as_it_prints(api: Api, client: Client) -> None:
+    await client.start(spec(["sleep", "600"]))
+    everything = bytes(range(256)) * 2000
+    async with client.exec_stream(USER, "api", "cat; pwd >&2; exit 4", stdin=everything, cwd="/") as output:
+        found = {"stdout": b"", "stderr": b""}
+        async for stream, data in output:
+            found[stream] += data
+    assert found == {"stdout": everything, "stderr": b"/\n"}
+    assert (output.end, output.status) == (StreamEnd("exited"), ExecStatus(exit_code=4, signal=None, timed_out=False))
+    async with client.exec_stream(USER, "api", "yes", timeout=0.3) as output:
+        async for _ in output:
+            pass
+    assert output.status == ExecStatus(exit_code=None, signal=signal.SIGKILL, timed_out=True)
+    for command, error in (("x", NotFoundError), (["/no/such"], StartError)):
+        with pytest.raises(error):
+            await anext(client.exec_stream(USER, "other" if command == "x" else "api", command))
+
+
+async def test_what_nobody_hears_any_more_is_killed(api: Api, client: Client) -> None:
+    await client.start(spec(["sleep", "600"]))
+    uid = api.supervisor.get(USER, "api").user.linux_uid
+    for command in ("echo one; sleep 600 & wait", "yes", "yes & sleep 600"):
+        async with client.exec_stream(USER, "api", command, timeout=600) as output:
+            await soon(anext(output))
+            assert len(processes_of(uid)) > 1
+        await eventually(lambda: len(processes_of(uid)) == 1)
+        assert output.status is None
 
 
 async def test_an_execution_ends_with_its_caller(api: Api, client: Client) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import codecs
 import signal
+from collections.abc import AsyncGenerator
 
+from anyio import EndOfStream
 from fastapi import Request
 
 from ...errors import SpecError
+from ...execution import Execution
 from ...outcomes import ExitStatus
+from ...pipes import OutputPipe
 from ..schemas import ExecIn, ExecOut, ServiceId, SignalIn, SignalOut, UserId
-from ..server import server_of, while_connected
+from ..server import caller_of, server_of, while_connected
+from ..sse import Closing, Message, chained, end, event_stream
 
-__all__ = ["execute", "send_signal"]
+__all__ = ["execute", "execute_stream", "send_signal"]
 
 
 async def execute(request: Request, user_id: UserId, service_id: ServiceId, body: ExecIn) -> ExecOut:
@@ -54,6 +60,84 @@ def _answer(status: ExitStatus, stdout: bytes, stderr: bytes, dropped: int, *, t
         stderr_b64=err_b64,
         dropped=dropped,
     )
+
+
+async def execute_stream(request: Request, user_id: UserId, service_id: ServiceId, body: ExecIn) -> Closing:
+    """Execute a further program in it, and answer with what it prints as it prints it, as server-sent events.
+
+    The first is `started`. Each `stdout` and `stderr` has a `text`, or a `b64` where it is not UTF-8; nothing is left
+    out, and a program waits for a caller that is slow. The last event is `end`, and says why: `exited`, with
+    `exit_code`, `signal` and `timed_out`; or, and then the program was killed, `server-stopping`, `token-expired`,
+    `time` (it lasted as long as a stream may) or `failed`, with the problem. It ends with the caller, too.
+    """
+    server = server_of(request)
+    sandbox = server.supervisor.get(user_id, service_id)
+    executing = sandbox.exec(body.command, stdin=body.input(), env=body.env, cwd=body.cwd)
+    told = _told(await while_connected(request, executing), body.timeout)
+    return event_stream(server, caller_of(request), chained(await anext(told), told))
+
+
+async def _told(execution: Execution, timeout: float) -> AsyncGenerator[Message, None]:
+    """What a program prints, and how it ends, which it does after `timeout` seconds. It is killed if this is closed."""
+    loop = asyncio.get_running_loop()
+    over, timed_out = loop.time() + timeout, False
+    outputs = [_Output("stdout", execution.stdout), _Output("stderr", execution.stderr)]
+    try:
+        yield Message("started", {})
+        while coming := {output.coming: output for output in outputs if output.coming is not None}:
+            left = None if timed_out else max(0.0, over - loop.time())
+            done, _ = await asyncio.wait(coming, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not timed_out and loop.time() >= over:
+                timed_out = True
+                await execution.kill()
+            for output in map(coming.__getitem__, done):
+                if (data := output.taken()) is not None:
+                    yield Message(output.name, data)
+        status = await execution.wait()
+        yield end("exited", exit_code=status.exit_code, signal=status.signal, timed_out=timed_out)
+    finally:
+        async with execution:
+            for output in outputs:
+                await output.close()
+
+
+class _Output:
+    """One of a program's outputs on its way to a caller, a piece at a time.
+
+    Attributes:
+        coming: the next piece; None at the end.
+    """
+
+    def __init__(self, name: str, pipe: OutputPipe) -> None:
+        self.name = name
+        self._pipe = pipe
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self.coming: asyncio.Future[bytes | None] | None = asyncio.ensure_future(self._receive())
+
+    def taken(self) -> dict[str, str] | None:
+        """What to tell of the piece that has come, if anything, and wait for the next."""
+        assert self.coming is not None
+        piece = self.coming.result()
+        self.coming = None if piece is None else asyncio.ensure_future(self._receive())
+        # What is cut off within a character waits for its rest.
+        waiting = self._decoder.getstate()[0]
+        try:
+            text = self._decoder.decode(piece or b"", final=piece is None)
+        except UnicodeDecodeError:
+            self._decoder.reset()
+            return {"b64": base64.b64encode(waiting + (piece or b"")).decode()}
+        return {"text": text} if text else None
+
+    async def close(self) -> None:
+        if self.coming is not None:
+            self.coming.cancel()
+            await asyncio.wait([self.coming])
+
+    async def _receive(self) -> bytes | None:
+        try:
+            return await self._pipe.receive()
+        except EndOfStream:
+            return None
 
 
 def _text(raw: bytes) -> tuple[str, str | None]:

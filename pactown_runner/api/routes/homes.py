@@ -19,7 +19,7 @@ from ...pipes import InputPipe, OutputPipe
 from ..problems import ProblemError
 from ..schemas import ImportOut, UserId
 from ..server import server_of
-from ..sse import Closing
+from ..sse import Closing, chained
 
 __all__ = ["MEDIA_TYPE", "export", "import_"]
 
@@ -50,7 +50,7 @@ async def export(request: Request, user_id: UserId) -> Closing:
         await pieces.aclose()
         raise
     headers = {"Content-Disposition": 'attachment; filename="home.tar.gz"', "X-Content-Type-Options": "nosniff"}
-    return Closing(_chained(first, pieces), media_type=MEDIA_TYPE, headers=headers)
+    return Closing(chained(first, pieces), media_type=MEDIA_TYPE, headers=headers)
 
 
 async def _pieces(pipe: OutputPipe, exporting: asyncio.Future[Exported]) -> AsyncGenerator[bytes, None]:
@@ -62,15 +62,6 @@ async def _pieces(pipe: OutputPipe, exporting: asyncio.Future[Exported]) -> Asyn
     finally:
         await pipe.aclose()
         await _end(exporting)
-
-
-async def _chained(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    try:
-        yield first
-        async for piece in rest:
-            yield piece
-    finally:
-        await rest.aclose()
 
 
 async def import_(
