@@ -5,13 +5,14 @@ How many sandboxes it may have, how often it may start one, and whether at all, 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
 
 from cgroups import MAX, IoMax, Limits
 
 from .config import Settings
-from .errors import LimitsError, SpecError
+from .errors import SpecError
 from .models import IsolatedUser
 from .quotas import TenantQuotas
 from .registry import Registry, Standing
@@ -91,6 +92,7 @@ class Standings:
         Raises:
             SpecError: there is no such tier.
             LimitsError: the tier's limits cannot be enforced here; the standing is what it was.
+            RegistryError: it cannot be written down; the standing is what it was.
             CgroupError: something did not stand still, or go on. The call may be repeated.
         """
         if standing.tier is not None and standing.tier not in self._tiers:
@@ -99,14 +101,15 @@ class Standings:
             )
         key = user.key
         before = self.of(key)
-        self._quotas.change(user, before.tier, standing.tier)
-        if tree is not None:
-            try:
-                tree.limit_tenant(key, succeeding(self._limits(before), self._limits(standing)))
-            except LimitsError:
-                self._quotas.change(user, standing.tier, before.tier)
-                raise
-        self._registry.standings.set(key, standing)
+        with ExitStack() as undo:
+            self._quotas.change(user, before.tier, standing.tier)
+            undo.callback(self._quotas.change, user, standing.tier, before.tier)
+            if tree is not None:
+                had, given = self._limits(before), self._limits(standing)
+                tree.limit_tenant(key, succeeding(had, given))
+                undo.callback(tree.limit_tenant, key, succeeding(given, had))
+            self._registry.standings.set(key, standing)
+            undo.pop_all()
         if tree is not None and standing.blocked:
             tree.hold_still(key, True)
         elif tree is not None and before.blocked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 from cgroups import Limits
 from pactown_runner import Settings
 from pactown_runner.admission import Admission
-from pactown_runner.errors import AdmissionError, BlockedError, SpecError
+from pactown_runner.errors import AdmissionError, BlockedError, RegistryError, SpecError
 from pactown_runner.models import IsolatedUser
 from pactown_runner.registry import Quota, Quotas, Registry, SandboxRow, Standing, UserRow
 from pactown_runner.standings import Standings, succeeding
 from pactown_runner.tiers import Tier
 from pactown_runner.trees import Tree, open_tree
+from tests.cgroups.fake import make_fake
 
 KEY, OTHER = "aaaaaaaa", "bbbbbbbb"
 
@@ -158,6 +160,26 @@ def test_limits_are_the_tiers_where_it_says_some(registry: Registry) -> None:
         standings.change(None, user_of(KEY), Standing("gold"))
     assert caught.value.remedy == "choose from own, plain"
     assert standings.of(KEY) == Standing()
+
+
+def test_a_standing_that_cannot_be_written_down_leaves_the_limits_as_they_were(
+    registry: Registry, tmp_path: Path
+) -> None:
+    tiers = (Tier(name="small", tenant_limits=Limits(pids_max=2, memory_max=1 << 20)),)
+    standings = Standings(Settings(tenant_limits=Limits(pids_max=4), tiers=tiers), registry)
+    with make_fake(tmp_path / "top") as top, make_fake(tmp_path / f"top/pactown-{KEY}.slice") as slice_:
+        tree = Tree(top, registry.state_id, standings.tenant_limits)
+        for before, held in ((Standing(), ("4", "max")), (Standing("small"), ("2", "1048576"))):
+            standings.change(tree, user_of(KEY), before)
+            slice_.apply(standings.tenant_limits(KEY))
+            after = Standing("small") if before.tier is None else Standing()
+            with closing(sqlite3.connect(registry.path, isolation_level=None)) as db:
+                db.execute("CREATE TRIGGER broken BEFORE INSERT ON standings BEGIN SELECT raise(ABORT, 'broken'); END")
+                with pytest.raises(RegistryError, match="broken"):
+                    standings.change(tree, user_of(KEY), after)
+                db.execute("DROP TRIGGER broken")
+            assert standings.of(KEY) == before
+            assert tuple((slice_.path / name).read_text().strip() for name in ("pids.max", "memory.max")) == held
 
 
 def test_a_tier_is_found_by_its_users_id(registry: Registry) -> None:
