@@ -323,8 +323,10 @@ class Course:
             self.started.set()
             return True
         # Whoever starts it is told, and nothing is left of it.
-        await self.forget()
-        await self._release()
+        try:
+            await self.forget()
+        finally:
+            await self._release()
         return False
 
     def _first_claiming(self) -> Claiming | None:

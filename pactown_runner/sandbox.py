@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 from cgroups import Cgroup, CgroupError, GoneError, Limits, Stats, read_all
 
 from .course import Course
-from .errors import StateError
+from .errors import RegistryError, StateError
 from .execution import Execution
 from .holdings import Holdings, Run
 from .host import LoopHost
@@ -194,12 +194,21 @@ class Sandbox:
         Raises:
             SpecError: that is no number of seconds.
             StartError: it never ran.
+            RegistryError: it has ended, but may come back: that it is not to could not be written down. Stop it again.
         """
         grace = self.course.grace(grace)
         self.course.attempt.stop_making()
         await self.course.started.wait()
-        await self.course.forget()
-        return await self.course.end(grace)
+        unforgotten: RegistryError | None = None
+        try:
+            await self.course.forget()
+        except RegistryError as error:
+            # Whatever the disk does, what is to end must not run on.
+            unforgotten = error
+        outcome = await self.course.end(grace)
+        if unforgotten is not None:
+            raise unforgotten
+        return outcome
 
     async def kill(self) -> Outcome:
         """Kill everything in it at once (`cgroup.kill`), and wait for the end."""

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import replace
 
 import pytest
 
 from pactown_runner import Settings, Supervisor, recovery
-from pactown_runner.errors import AlreadyRunningError
+from pactown_runner.errors import AlreadyRunningError, RegistryError
 from pactown_runner.logs import LogError, LogPaths, LogPump
 from pactown_runner.registry import Registry
-from tests.supervising import USER, eventually, line_of, soon, spec
+from pactown_runner.specs import RestartPolicy
+from tests.supervising import USER, eventually, line_of, processes_of, soon, spec
 
 pytestmark = pytest.mark.host
 
 
 @contextmanager
-def nothing_released(settings: Settings) -> Iterator[None]:
-    """The disk of the registry fails whenever something is to be given free."""
+def broken(settings: Settings, deed: str) -> Iterator[None]:
+    """The disk of the registry fails whenever this is to be written."""
     with closing(sqlite3.connect(settings.state_dir / "registry.db", isolation_level=None)) as db:
-        db.execute(
-            "CREATE TRIGGER broken BEFORE DELETE ON sandboxes BEGIN SELECT raise(ABORT, 'the disk is broken'); END"
-        )
+        db.execute(f"CREATE TRIGGER broken BEFORE {deed} BEGIN SELECT raise(ABORT, 'the disk is broken'); END")
         try:
             yield
         finally:
             db.execute("DROP TRIGGER broken")
+
+
+def nothing_released(settings: Settings) -> AbstractContextManager[None]:
+    """It fails whenever something is to be given free."""
+    return broken(settings, "DELETE ON sandboxes")
+
+
+def nothing_forgotten(settings: Settings) -> AbstractContextManager[None]:
+    """It fails whenever a service is not to come back."""
+    return broken(settings, "DELETE ON services")
 
 
 async def test_what_ends_while_the_registry_is_broken_is_told_and_its_name_comes_free(
@@ -55,6 +66,45 @@ async def test_what_cannot_be_made_while_the_registry_is_broken_does_not_keep_it
     assert (await soon(supervisor.run(spec("exit 3")))).exit_code == 3
 
 
+async def test_what_cannot_be_forgotten_is_ended_all_the_same(settings: Settings) -> None:
+    async with Supervisor(settings=replace(settings, takeover_interval=1000.0)) as supervisor:
+        sandbox = await supervisor.start(spec(["sleep", "1000"], restart=RestartPolicy("always")))
+        uid = sandbox.user.linux_uid
+        with nothing_forgotten(settings):
+            with pytest.raises(RegistryError, match="the disk is broken"):
+                await soon(sandbox.kill())
+            assert processes_of(uid) == {}
+            assert sandbox.state == "ended"
+            assert rows(settings) == []
+        # Said once more, it does not come back either.
+        assert (await soon(sandbox.kill())).reason == "stopped"
+        assert services(settings) == []
+
+
+async def test_what_a_cancelled_starter_cannot_have_forgotten_does_not_run_on(settings: Settings) -> None:
+    async with Supervisor(settings=replace(settings, takeover_interval=1000.0)) as supervisor:
+        user = await supervisor.users.get_or_create(USER)
+        with nothing_forgotten(settings):
+            starting = asyncio.create_task(supervisor.start(spec(["sleep", "1000"], restart=RestartPolicy("always"))))
+            await asyncio.sleep(0)
+            (sandbox,) = supervisor.list()
+            starting.cancel()
+            await soon(asyncio.wait([starting]))
+            assert sandbox.course.attempt.started
+            assert (sandbox.state, supervisor.list(), processes_of(user.linux_uid)) == ("ended", [], {})
+
+
+async def test_a_first_start_that_cannot_be_forgotten_keeps_no_name(settings: Settings) -> None:
+    async with Supervisor(settings=replace(settings, takeover_interval=1000.0)) as supervisor:
+        with nothing_forgotten(settings):
+            with pytest.raises(RegistryError, match="the disk is broken"):
+                await soon(supervisor.start(spec(["/nonexistent"], restart=RestartPolicy("always"))))
+            assert rows(settings) == []
+        sandbox = await soon(supervisor.start(spec(["sleep", "1000"], restart=RestartPolicy("always"))))
+        assert (await soon(sandbox.kill())).reason == "stopped"
+        assert services(settings) == []
+
+
 async def test_a_transfer_while_the_registry_is_broken_does_not_keep_its_user(
     supervisor: Supervisor, settings: Settings
 ) -> None:
@@ -67,6 +117,11 @@ async def test_a_transfer_while_the_registry_is_broken_does_not_keep_its_user(
 def rows(settings: Settings) -> list[str]:
     with Registry(settings.state_dir / "registry.db") as registry:
         return [row.service_id for row in registry.sandboxes.rows()]
+
+
+def services(settings: Settings) -> list[str]:
+    with Registry(settings.state_dir / "registry.db") as registry:
+        return [row.service_id for row in registry.services.absent()]
 
 
 async def test_a_log_that_could_not_be_finished_is_written_before_the_next_one(
