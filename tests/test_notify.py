@@ -40,6 +40,9 @@ def manager(request: pytest.FixtureRequest, test_run: Run) -> Iterator[ServiceMa
         name = f"@pactown-test-{uuid.uuid4().hex}" if request.param == "abstract" else f"{directory}/notify"
         with ServiceManager(name) as manager:
             yield manager
+    # Nobody is there any more for whom to wait.
+    for waiter in waiters():
+        waiter.join(30)
 
 
 @pytest.fixture
