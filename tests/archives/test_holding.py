@@ -303,7 +303,11 @@ async def test_one_that_backs_off_while_all_is_frozen_is_started_afterwards(
     as_tenant(user, 'import os; open("big", "wb").write(os.urandom(4 << 20))')
     writer = await start_writer(supervisor)
     failing = await supervisor.start(
-        spec(COUNTED + "[ $n = 3 ]", service="failing", restart=policy("on-failure", backoff=1.0, max_restarts=2))
+        spec(
+            COUNTED + "[ $n = 3 ]",
+            service="failing",
+            restart=policy("on-failure", backoff=3.0, backoff_max=3.0, max_restarts=2),
+        )
     )
     await eventually(lambda: failing.state is State.BACKING_OFF)
     due, halfway = failing.course._life.due, threading.Event()
