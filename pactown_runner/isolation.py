@@ -165,7 +165,8 @@ class UserIsolationManager:
 
         Raises:
             SpecError: the command or a variable is malformed.
-            StartError: it could not be started; `step` says where it failed.
+            StartError: it could not be started, or not in time, since the user's own processes can hold it up; `step`
+                says where it failed.
             LimitsError: with `enable_cgroups`, a limit cannot be enforced on this host.
             StateError: the user's home is being exported or imported.
         """

@@ -25,8 +25,8 @@ from cgroups import Cgroup, CgroupError, GoneError, Limits, find_mount
 from .accounts import PREFIX
 from .config import Settings
 from .deletion import remove_homes, sweep
-from .errors import RunnerError, StateError
-from .launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_popen
+from .errors import RunnerError, StartError, StateError
+from .launcher import DEFAULT_PATH, START_TIMEOUT, Directory, LaunchSpec, launch_popen
 from .models import IsolatedUser
 from .owners import Owner
 from .registry import Registry, UserRow
@@ -248,9 +248,13 @@ class Purge:
             if tree is not None:
                 scope = held.enter_context(tree.scope(user.key, "_job-purge", "purge"))
                 held.callback(_end, scope)
-            program, _ = launch_popen(
-                spec, scope.fd if scope else None, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            null, fd = subprocess.DEVNULL, scope.fd if scope else None
+            try:
+                program, _ = launch_popen(spec, fd, null, null, null, timeout=min(timeout, START_TIMEOUT))
+            except StartError as error:
+                if error.step != "launcher" or error.errno:
+                    raise
+                return False  # what runs as the tenant stopped it, or killed it
             with program:
                 try:
                     return program.wait(timeout) == 0

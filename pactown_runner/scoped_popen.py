@@ -21,7 +21,7 @@ from cgroups import Cgroup, CgroupError, GoneError
 
 from .errors import RunnerError, StateError
 from .host import Claim, Host
-from .launcher import LaunchSpec, launch_popen
+from .launcher import START_TIMEOUT, LaunchSpec, launch_popen
 from .models import IsolatedUser
 from .registry import SandboxRow
 from .trees import end_all, slice_name
@@ -62,7 +62,8 @@ class ScopedPopens:
             limited: whether the `default_limits` of its tier, or of the settings, hold for it.
 
         Raises:
-            StartError: it was not executed; nothing of it is left.
+            StartError: it was not executed, or not in time, since the user's own processes can hold it up; nothing of
+                it is left.
             LimitsError: a limit cannot be enforced.
             NotFoundError: there is no such user any more.
         """
@@ -77,7 +78,14 @@ class ScopedPopens:
             undo.callback(_end, host, claim, scope)
             if limited:
                 host.tree.limit(user.key, scope, host.standings.default_limits(user.key))
-            popen, _ = launch_popen(spec, scope.fd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            popen, _ = launch_popen(
+                spec,
+                scope.fd,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                timeout=START_TIMEOUT,
+                unreaped=host.unreaped,
+            )
             pidfd = os.pidfd_open(popen.pid)
             undo.pop_all()
         with self._changed:

@@ -277,6 +277,29 @@ async def test_what_others_have_in_a_home_is_left_and_named(supervisor: Supervis
     assert not user.home_dir.exists()
 
 
+STOP = """
+print("ready", flush=True)
+while True:
+    try:
+        os.kill(-1, 19)
+    except ProcessLookupError:
+        pass
+"""
+"""Stops all else of its uid, as fast as it can."""
+
+
+async def test_who_stops_what_removes_it_is_removed(
+    supervisor: Supervisor, host: Host, own: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(traces, "END_PATIENCE", 0.2)
+    # Sooner or later one is stopped before it has been executed.
+    while "not executed after 0.2 s" not in caplog.text:
+        user = await make(supervisor, own)
+        with running_as(user.linux_uid, STOP) as outside:
+            assert await delete(host, own) == user
+            assert outside.wait(0) == -signal.SIGKILL
+
+
 async def test_what_runs_keeps_its_user(supervisor: Supervisor, host: Host, own: str) -> None:
     sandbox = await supervisor.start(spec("echo ready; exec sleep 1000", user=own))
     with pytest.raises(StateError, match="something runs"):

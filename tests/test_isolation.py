@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import threading
 import typing
@@ -17,9 +18,18 @@ from pathlib import Path
 import pytest
 
 import pactown_runner
-from pactown_runner import IsolatedUser, Settings, Supervisor, UserIsolationManager, get_isolation_manager, isolation
+from pactown_runner import (
+    IsolatedUser,
+    Settings,
+    Supervisor,
+    UserIsolationManager,
+    get_isolation_manager,
+    isolation,
+    scoped_popen,
+)
 from pactown_runner.errors import LimitsError, NotFoundError, SpecError, StartError
-from tests.supervising import eventually, leftovers, processes_of, soon, spec
+from tests.supervising import eventually, leftovers, processes_of, python, soon, spec
+from tests.test_exec import STOPPER
 
 pytestmark = [pytest.mark.host, pytest.mark.deadline(120)]
 
@@ -194,6 +204,24 @@ async def test_what_it_leaves_running_is_killed(manager: UserIsolationManager, e
     user = manager.get_user("user123")
     assert user is not None
     assert not processes_of(user.linux_uid)
+
+
+def test_who_stops_what_is_started_keeps_nobody(manager: UserIsolationManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoped_popen, "START_TIMEOUT", 0.2)
+    cwd = manager.get_sandbox_path("user123", "api")
+    with manager.run_as_user("user123", shlex.join(python(STOPPER)), cwd) as stopper:
+        assert stopper.stdout is not None
+        assert stopper.stdout.readline() == b"ready\n"
+        given_up: list[tuple[str, str]] = []
+        while len(given_up) < 3:
+            try:
+                with manager.run_as_user("user123", "true", cwd / "maze30") as process:
+                    process.kill()  # stopped as well, or faster than that
+            except StartError as error:
+                given_up.append((error.step, error.message))
+        assert set(given_up) == {("launcher", "not executed after 0.2 s")}
+        assert stopper.poll() is None
+        stopper.kill()
 
 
 def test_errors_are_typed_and_leave_nothing(manager: UserIsolationManager, environment: Settings) -> None:

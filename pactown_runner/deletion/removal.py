@@ -24,10 +24,10 @@ from pathlib import Path
 
 from cgroups import MAX, Cgroup, CgroupError, GoneError, Limits
 
-from ..errors import RunnerError, StateError
+from ..errors import RunnerError, StartError, StateError
 from ..home_dirs import keep_home
 from ..host import Claim, Host
-from ..launcher import DEFAULT_PATH, Directory, LaunchSpec, launch_popen
+from ..launcher import DEFAULT_PATH, START_TIMEOUT, Directory, LaunchSpec, launch_popen
 from ..logs import LogPaths
 from ..models import IsolatedUser
 from ..registry import Removal, SandboxRow
@@ -191,7 +191,15 @@ class _Work:
         )
         with self._scope() as scope:
             null = subprocess.DEVNULL
-            program, _ = launch_popen(spec, scope.fd, null, null, null)
+            patience, unreaped = min(timeout, START_TIMEOUT), self.host.unreaped
+            try:
+                program, _ = launch_popen(spec, scope.fd, null, null, null, timeout=patience, unreaped=unreaped)
+            except StartError as error:
+                if error.step != "launcher" or error.errno:
+                    raise
+                # What runs as the tenant stopped it, or killed it.
+                _log.error("a helper of the removal of %s: %s", self.user.linux_username, error)
+                return False
             try:
                 return self._wait(program, timeout) == 0
             finally:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from .call import Call, launcher_path
 from .spec import DEFAULT_PATH, DEFAULT_RLIMITS, Directory, LaunchSpec, Rlimit
-from .start import Started, launch_async, launch_popen
+from .start import START_TIMEOUT, Started, launch_async, launch_popen
 from .status import STEPS, Failure, Launched, StatusReader, report_from, start_error
 
 __all__ = [
     "DEFAULT_PATH",
     "DEFAULT_RLIMITS",
+    "START_TIMEOUT",
     "STEPS",
     "Call",
     "Directory",

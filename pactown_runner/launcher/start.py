@@ -28,9 +28,13 @@ from .call import Call, no_launcher
 from .spec import LaunchSpec
 from .status import Launched
 
-__all__ = ["Started", "launch_async", "launch_popen"]
+__all__ = ["START_TIMEOUT", "Started", "launch_async", "launch_popen"]
 
 T = TypeVar("T")
+
+START_TIMEOUT = 30.0
+"""Seconds in which a program must have been executed. It takes milliseconds; but a tenant's own processes can stop a
+start half-way."""
 
 REAP_PATIENCE = 1.0
 """Seconds for the child of a call that is given up to end, killed, and to be reaped."""
@@ -58,17 +62,22 @@ def launch_popen(
     stdin: int | None = subprocess.DEVNULL,
     stdout: int | None = None,
     stderr: int | None = None,
+    *,
+    timeout: float = START_TIMEOUT,
+    unreaped: set[int] | None = None,
 ) -> tuple[subprocess.Popen[bytes], IsolationReport]:
     """Start a program and return a `Popen` of the program itself, not of the launcher. Safe in any thread.
 
     Args:
         cgroup_fd: the directory of the leaf to be born in; None places nowhere.
         stdin, stdout, stderr: as for `subprocess.Popen`.
+        timeout: seconds in which it must have been executed.
+        unreaped: as for `launch_async`.
 
     Raises:
         SpecError: see `LaunchSpec.pack`.
         LauncherError: the launcher is missing, or SIGCHLD is ignored.
-        StartError: the program was not executed; nothing of it is left.
+        StartError: the program was not executed, or not in time; nothing of it is left.
     """
     call = Call(spec, cgroup_fd)
     popen: subprocess.Popen[bytes] | None = None
@@ -77,7 +86,8 @@ def launch_popen(
         call.started()
         end = select.poll()
         end.register(call.status_fd, 0)  # the end alone, not each record
-        end.poll()
+        if not end.poll(timeout * 1000):
+            raise StartError(f"not executed after {timeout:g} s", step="launcher")
         call.read()
         popen.wait()
         launched = call.status.result()
@@ -86,7 +96,7 @@ def launch_popen(
         popen.returncode = None
     except BaseException:
         if popen is not None:
-            _forget(call, popen)
+            _forget(call, popen, set() if unreaped is None else unreaped)
         raise
     finally:
         call.close()
@@ -100,7 +110,7 @@ def _popen(call: Call, stdin: int | None, stdout: int | None, stderr: int | None
         raise no_launcher(error) from error
 
 
-def _forget(call: Call, popen: subprocess.Popen[bytes]) -> None:
+def _forget(call: Call, popen: subprocess.Popen[bytes], unreaped: set[int]) -> None:
     """End and reap both halves of a call that failed or was interrupted, and close the program's pipes."""
     call.started()
     # Once the parent half has ended, the pipe holds the pid of the child, if there is one.
@@ -111,9 +121,16 @@ def _forget(call: Call, popen: subprocess.Popen[bytes]) -> None:
     if not call.status.ended:
         with contextlib.suppress(LauncherError):
             call.read()
-    if call.status.pid:
-        _kill_child(call.status.pid)
-        os.waitpid(call.status.pid, 0)
+    pid = call.status.pid
+    if not pid:
+        return
+    _kill_child(pid)
+    deadline = time.monotonic() + REAP_PATIENCE
+    while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG):
+        if time.monotonic() > deadline:
+            unreaped.add(pid)
+            return
+        time.sleep(_PAUSE)
 
 
 def _kill_child(pid: int) -> None:

@@ -208,6 +208,15 @@ def test_popen_of_a_failure_leaves_no_pipe(spec: MakeSpec) -> None:
             launch_popen(spec("no-such-program"), None, subprocess.PIPE, subprocess.PIPE, subprocess.PIPE)
 
 
+def test_popen_of_a_start_that_is_held_up_is_given_up(spec: MakeSpec, leaf: Leaf) -> None:
+    # Frozen, the child stands still before it has reported anything.
+    (leaf.directory / "cgroup.freeze").write_text("1")
+    with pytest.raises(StartError, match=r"^not executed after 0\.05 s$") as caught:
+        launch_popen(spec("true"), leaf.fd, subprocess.PIPE, subprocess.PIPE, subprocess.PIPE, timeout=0.05)
+    assert (caught.value.step, caught.value.errno) == ("launcher", 0)
+    assert leaf.pids() == []
+
+
 def test_popen_from_many_threads(spec: MakeSpec, leaf: Leaf) -> None:
     def run(number: int) -> int:
         popen, _ = launch_popen(spec("sh", "-c", f"exit {number}"), leaf.fd)
