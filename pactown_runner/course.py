@@ -60,6 +60,7 @@ class Course:
         last_outcome: how the last run that has ended did.
         outcome: how it ended, or None while anything of it runs, or is to run again.
         failure: why it could not be started, or was left.
+        never_began: whether it ended without its program having been executed; then nothing is left of it.
         attempt: the current run's, or the last.
         claim: what names it in the registry, once it does.
         feed: told of what it prints.
@@ -83,6 +84,7 @@ class Course:
         self.last_outcome: Outcome | None = None
         self.outcome: Outcome | None = None
         self.failure: Exception | None = None
+        self.never_began = False
         self.feed = LogFeed()
         self.attempt = Attempt(host, run, self.feed)
         self.claim = claim
@@ -247,6 +249,7 @@ class Course:
             self._on_end()
             self.note("gone")
             self.feed.close()
+            self.never_began = not self.started.is_set()
             self.started.set()
             self.settled.set()
             self._launched.set()
@@ -399,6 +402,7 @@ class Course:
             # It rests, or is on its way there: the wish is seen to then.
             return
         if self.state in (State.RUNNING, State.FROZEN):
+            self.is_ready.clear()
             self.feed_life(Trigger.STOP if wish == "down" else Trigger.RESTART)
         await attempt.end("stopped", min(grace, self._grace_cap))
 

@@ -149,14 +149,14 @@ class Sandbox:
     # What can be done with it -----------------------------------------------------------------------------------
 
     async def started(self) -> None:
-        """Return when the program has been executed for the first time.
+        """Return when the program has been executed for the first time; or could not be, and will be tried again.
 
         Raises:
             StartError: it could not be started; nothing is left of it.
             RunnerError: the sandbox could not be made.
         """
         await self.course.started.wait()
-        if self.course.failure is not None:
+        if self.course.never_began and self.course.failure is not None:
             raise self.course.failure
 
     async def until_ready(self) -> None:
@@ -167,14 +167,17 @@ class Sandbox:
             StateError: it has ended, or is `crash-looping`.
         """
         await self.started()
-        ready, settled = (asyncio.ensure_future(event.wait()) for event in (self.course.is_ready, self.course.settled))
-        try:
-            await asyncio.wait([ready, settled], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ready.cancel()
-            settled.cancel()
-        if not self.ready:
-            raise self.course.wrong_state()
+        course = self.course
+        # It may be ready for a moment only, or in an earlier run.
+        while not self.ready:
+            if course.settled.is_set():
+                raise course.wrong_state()
+            ready, settled = (asyncio.ensure_future(event.wait()) for event in (course.is_ready, course.settled))
+            try:
+                await asyncio.wait([ready, settled], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ready.cancel()
+                settled.cancel()
 
     async def wait(self) -> Outcome:
         """Wait until nothing of it runs any more nor will by itself, its log is complete, and its cgroup is gone.

@@ -15,7 +15,7 @@ import pytest
 
 from cgroups import Limits
 from pactown_runner import Sandbox, Settings, Supervisor
-from pactown_runner.errors import NotFoundError, SpecError, StartError, StateError
+from pactown_runner.errors import AlreadyRunningError, NotFoundError, SpecError, StartError, StateError
 from pactown_runner.events import EventReader
 from pactown_runner.models import Event, State
 from pactown_runner.registry import Registry
@@ -126,6 +126,37 @@ async def test_another_start_replaces_one_that_is_crash_looping(supervisor: Supe
     fixed = await soon(supervisor.start(spec(SLEEP)))
     assert failing.state is State.ENDED
     assert supervisor.list() == [fixed]
+
+
+async def test_of_two_that_replace_one_that_is_crash_looping_one_does(supervisor: Supervisor) -> None:
+    failing = await supervisor.start(spec("exit 3", restart=policy("on-failure", max_restarts=0)))
+    await soon(failing.wait())
+    starts = [supervisor.start(spec(SLEEP)) for _ in range(3)]
+    found = await soon(asyncio.gather(*starts, return_exceptions=True))
+    (fixed,) = [one for one in found if isinstance(one, Sandbox)]
+    assert [type(one) for one in found if one is not fixed] == [AlreadyRunningError] * 2
+    assert supervisor.list() == [fixed]
+    assert (await soon(fixed.stop(0))).reason == "stopped"
+
+
+async def test_one_that_was_replaced_does_not_come_back(supervisor: Supervisor) -> None:
+    failing = await supervisor.start(spec("exit 3", restart=policy("always", max_restarts=0)))
+    await soon(failing.wait())
+    fixed = await soon(supervisor.start(spec(SLEEP)))
+    assert services(supervisor.settings) == []
+    await soon(fixed.stop(0))
+    assert services(supervisor.settings) == []
+
+
+async def test_one_that_makes_cgroups_of_its_own_ends(supervisor: Supervisor) -> None:
+    with leaves_nothing(supervisor.settings):
+        sandbox = await supervisor.start(spec(SLEEP))
+        assert sandbox.cgroup is not None
+        path = sandbox.cgroup.path
+        for name in ("x", "x/y", "z"):
+            (path / name).mkdir()
+        assert (await soon(sandbox.stop(0))).reason == "stopped"
+        assert not path.exists()
 
 
 async def test_a_first_start_that_fails_is_told_and_not_tried_again(supervisor: Supervisor) -> None:
@@ -270,6 +301,47 @@ async def test_a_service_is_ready_when_its_probe_says_so_and_ended_when_it_is_de
         await soon(sandbox.stop())
 
 
+async def test_one_that_cannot_be_started_again_is_still_read_and_waited_for(supervisor: Supervisor) -> None:
+    program = "[ ! -e y ] || { echo twice; exec sleep 1000; }; echo once; mv x y; exit 1"
+    await supervisor.run(spec(f"printf '#!/bin/sh\\n{program}\\n' > x; chmod +x x"))
+    restart = policy("on-failure", backoff_max=0.01, max_restarts=100_000)
+    sandbox = await supervisor.start(spec(["./x"], restart=restart))
+    await eventually(lambda: sandbox.last_outcome is not None and sandbox.last_outcome.reason == "failed-to-start")
+    await soon(sandbox.started())
+    assert await lines(sandbox) == ["once"]
+    waiting = asyncio.create_task(sandbox.until_ready())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    there = sandbox.user.home_dir / "sandboxes/api"
+    (there / "x").symlink_to("y")
+    await line_of(sandbox, "twice")
+    await soon(waiting)
+    assert sandbox.ready
+
+
+async def test_who_waits_for_it_does_not_mind_a_moment_or_a_run_in_between(supervisor: Supervisor) -> None:
+    command = "rm -f over; trap '' TERM; echo ready; until [ -e over ]; do sleep 0.01; done"
+    sandbox = await supervisor.start(spec(command, ready=Probe(command="test -e up", interval=0.01)))
+    await line_of(sandbox)
+    waiting = asyncio.create_task(sandbox.until_ready())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    # It is so again before who waits has its turn.
+    sandbox.course.ready()
+    sandbox.course.unready("a moment")
+    there = sandbox.user.home_dir / "sandboxes/api"
+    (there / "up").touch()
+    await soon(waiting)
+    restarting = asyncio.create_task(sandbox.restart(grace=1000))
+    await state_of(sandbox, State.STOPPING)
+    waiting = asyncio.create_task(sandbox.until_ready())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    (there / "over").touch()
+    await soon(restarting)
+    await soon(waiting)
+
+
 async def test_one_that_never_gets_ready_is_ended(supervisor: Supervisor) -> None:
     sandbox = await supervisor.start(spec(SLEEP, ready=Probe(port=free_port(), interval=0.02, within=0.2)))
     with pytest.raises(StateError):
@@ -323,6 +395,9 @@ async def test_one_that_cannot_start_when_it_comes_back_is_tried_again(settings:
         sandbox = supervisor.get(USER, "api")
         await state_of(sandbox, State.CRASH_LOOPING)
         assert sandbox.restarts == 3
+        assert await lines(sandbox) == []
+        with pytest.raises(StateError, match="crash-looping"):
+            await soon(sandbox.until_ready())
         with pytest.raises(StartError):
             await soon(sandbox.restart())
         await soon(sandbox.stop())
