@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,14 @@ async def eventually(condition: Callable[[], object], seconds: float = PATIENCE,
     while not condition():
         assert time.monotonic() < deadline, f"not so after {seconds} s: {condition}"
         await asyncio.sleep(pause)
+
+
+def listens(path: Path) -> bool:
+    """Whether a server can be asked on this socket, which is there a moment before it listens."""
+    with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+        client.connect(str(path))
+        return True
+    return False
 
 
 # ---- What is left

@@ -20,7 +20,7 @@ import pytest
 
 from pactown_runner import Settings
 from tests.sections import commands
-from tests.supervising import ROOT, eventually
+from tests.supervising import ROOT, eventually, listens
 
 pytestmark = pytest.mark.host
 
@@ -127,7 +127,7 @@ curl -fsS --unix-socket /run/pactown/api.sock http://localhost/runner/sandboxes 
 
 async def started(here: Host, settings: Settings) -> None:
     """A tenant with a service that has left a file."""
-    await eventually((settings.run_dir / "api.sock").exists)
+    await eventually(lambda: listens(settings.run_dir / "api.sock"))
     json.loads(here(START))
     await eventually(lambda: list(settings.users_base.glob("pactown_*/sandboxes/web/file")))
 
@@ -171,7 +171,7 @@ async def test_a_tenant_moves_to_another_host(here: Host, settings: Settings, tm
 
 async def test_nothing_of_a_server_is_left(settings: Settings, environ: dict[str, str]) -> None:
     with subprocess.Popen(["pactown-runner", "serve"], env=environ, stderr=subprocess.DEVNULL) as server:
-        await eventually((settings.run_dir / "api.sock").exists)
+        await eventually(lambda: listens(settings.run_dir / "api.sock"))
         server.terminate()
     typed("pactown-runner purge --yes", environ)
     assert not settings.state_dir.exists()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cgroups import find_mount
-from tests.supervising import ROOT, eventually
+from tests.supervising import ROOT, eventually, listens
 
 pytestmark = [pytest.mark.kernel, pytest.mark.beside, pytest.mark.guest(boot=1), pytest.mark.deadline(300)]
 
@@ -62,8 +62,8 @@ class Container:
     async def ready(self) -> None:
         """Wait until it listens, and fail with what it said if it does not."""
         events = find_mount().path / SCOPE / "cgroup.events"
-        await eventually(lambda: self.socket.exists() or "populated 1" not in events.read_text(), 250)
-        assert self.socket.exists(), self.console.read_text()
+        await eventually(lambda: listens(self.socket) or "populated 1" not in events.read_text(), 250)
+        assert listens(self.socket), self.console.read_text()
 
     def asked(self, path: str, *words: str) -> Any:
         """What the API answers."""
