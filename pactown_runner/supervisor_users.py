@@ -24,6 +24,7 @@ from .registry import Standing
 from .tenant_threads import TenantThreads
 from .usage import Usage, UsageMeter
 from .users import Users
+from .waiting import finish
 
 __all__ = ["Placed", "SupervisorUsers", "UserStats"]
 
@@ -210,6 +211,7 @@ class SupervisorUsers:
         """Let a user have this. One who is blocked stands still, with all that runs of it, and starts nothing.
 
         One who is blocked no more is thawed, whoever froze it; if its home is exported meanwhile, when that is done.
+        Once it has begun, a cancellation is raised when it is done.
 
         Raises:
             NotFoundError: there is no such user.
@@ -221,14 +223,8 @@ class SupervisorUsers:
         turn = self._turns.setdefault(user_id, asyncio.Lock())
         async with turn:
             here, user = self._placed(), await self._known(user_id)
-            host = here.host
-            before = await self.standing(user_id)
-            try:
-                await to_thread.run_sync(host.standings.change, host.tree, user, standing)
-            except CgroupError as error:
-                raise StateError(error.message, remedy=error.remedy) from error
-            if standing.blocked or before.blocked:
-                await here.hold_all(user, standing.blocked)
+            # Not by halves: the next in turn would meet what is still being frozen, or what nobody ever will.
+            await finish(asyncio.ensure_future(_set_standing(here, user, standing)))
 
     async def delete(self, user_id: str, *, delete_home: bool = True, delete_logs: bool = True) -> IsolatedUser:
         """Stop all of a user's sandboxes, and delete the user with all that carries its uid on this host.
@@ -268,3 +264,14 @@ class SupervisorUsers:
         if user is None:
             raise NotFoundError(f"there is no user {user_id!r}")
         return user
+
+
+async def _set_standing(here: Placed, user: IsolatedUser, standing: Standing) -> None:
+    host = here.host
+    before = await to_thread.run_sync(host.standings.of, user.key)
+    try:
+        await to_thread.run_sync(host.standings.change, host.tree, user, standing)
+    except CgroupError as error:
+        raise StateError(error.message, remedy=error.remedy) from error
+    if standing.blocked or before.blocked:
+        await here.hold_all(user, standing.blocked)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from pactown_runner import RunnerError, Sandbox, Supervisor
+from pactown_runner import RunnerError, Sandbox, Settings, Supervisor
 from pactown_runner.registry import Standing
+from pactown_runner.standings import Standings
 from tests.supervising import USER, soon, spec
 
 pytestmark = [pytest.mark.host]
@@ -46,3 +52,40 @@ async def test_blocks_that_are_given_and_taken_back_at_once_do_not_wait_for_each
         both = [give(USER, Standing(None, blocked)) for blocked in (True, False, True, False)]
         await soon(asyncio.gather(*both), 20)
         assert sandbox.state == "running"
+
+
+@contextlib.contextmanager
+def registry_busy(settings: Settings) -> Iterator[None]:
+    """While somebody else writes to the registry, whoever wants to waits."""
+    with contextlib.closing(sqlite3.connect(settings.state_dir / "registry.db")) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+        db.rollback()
+
+
+async def test_a_block_whose_caller_is_cancelled_holds_for_all_of_it(
+    supervisor: Supervisor, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandboxes = [await supervisor.start(spec("exec sleep 600", service=f"s{number}")) for number in range(3)]
+    begun = threading.Event()
+    change = Standings.change
+
+    def seen(*arguments: Any) -> None:
+        begun.set()
+        change(*arguments)
+
+    monkeypatch.setattr(Standings, "change", seen)
+    for blocked, state in ((True, "frozen"), (False, "running")):
+        begun.clear()
+        with registry_busy(settings):
+            task = asyncio.create_task(supervisor.users.set_standing(USER, Standing(None, blocked)))
+            assert await asyncio.to_thread(begun.wait, 30)
+            task.cancel()
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task], timeout=0)
+        with pytest.raises(asyncio.CancelledError):
+            await soon(task)
+        assert (await supervisor.users.standing(USER)).blocked is blocked
+        assert [str(sandbox.state) for sandbox in sandboxes] == [state] * 3
+        assert [sandbox.cgroup.frozen() for sandbox in sandboxes if sandbox.cgroup] == [blocked] * 3

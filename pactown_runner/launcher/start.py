@@ -19,18 +19,16 @@ import subprocess
 import sys
 import time
 from asyncio.base_events import BaseEventLoop
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from ..errors import LauncherError, StartError
 from ..models import IsolationReport
-from ..waiting import readable
+from ..waiting import finish, readable
 from .call import Call, no_launcher
 from .spec import LaunchSpec
 from .status import Launched
 
 __all__ = ["START_TIMEOUT", "Started", "launch_async", "launch_popen"]
-
-T = TypeVar("T")
 
 START_TIMEOUT = 30.0
 """Seconds in which a program must have been executed. It takes milliseconds; but a tenant's own processes can stop a
@@ -178,7 +176,7 @@ async def launch_async(
             launched = await _through_posix_spawn(call, stdin, stdout, stderr)
         return Started(launched.pid, _pidfd(launched.pid), launched.report)
     except BaseException:
-        await _finish(asyncio.ensure_future(_abandon(call, set() if unreaped is None else unreaped)))
+        await finish(asyncio.ensure_future(_abandon(call, set() if unreaped is None else unreaped)))
         raise
     finally:
         call.close()
@@ -222,14 +220,14 @@ async def _through_asyncio(call: Call, stdin: int, stdout: int, stderr: int) -> 
 
 async def _reap_launcher(spawn: asyncio.Future[asyncio.subprocess.Process]) -> None:
     try:
-        launcher = await _finish(spawn)
+        launcher = await finish(spawn)
     except OSError:  # there is none; the caller has, or will not miss, the reason
         return
     if launcher.returncode is None:
         try:
             await launcher.wait()
         except asyncio.CancelledError:
-            await _finish(asyncio.ensure_future(launcher.wait()))
+            await finish(asyncio.ensure_future(launcher.wait()))
             raise
 
 
@@ -300,17 +298,3 @@ async def _abandon(call: Call, unreaped: set[int]) -> None:
             unreaped.add(pid)
             return
         await asyncio.sleep(_PAUSE)
-
-
-async def _finish(work: asyncio.Future[T]) -> T:
-    """Wait for `work`, which no cancellation cuts short. One that comes meanwhile is raised afterwards."""
-    cancelled: asyncio.CancelledError | None = None
-    while not work.done():
-        try:
-            await asyncio.wait([work])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    result = work.result()
-    if cancelled is not None:
-        raise cancelled
-    return result
