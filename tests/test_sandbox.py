@@ -10,6 +10,7 @@ import re
 import resource
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,13 +232,13 @@ while True:
 @each_loop
 async def test_a_program_that_hides_and_stops_itself_is_gone(supervisor: Supervisor, settings: Settings) -> None:
     with leaves_nothing(settings):
-        sandbox = await supervisor.start(spec(STUBBORN))
+        sandbox = await supervisor.start(spec(STUBBORN, stop_grace=1000.0))
         await line_of(sandbox)
         uid = sandbox.user.linux_uid
         await eventually(lambda: any("T (stopped)" in Path(f"/proc/{p}/status").read_text() for p in processes_of(uid)))
         begin = time.monotonic()
         outcome = await soon(sandbox.stop(grace=0.2))
-        assert 0.2 <= time.monotonic() - begin < 4
+        assert time.monotonic() - begin >= 0.2
         assert processes_of(uid) == {}
         assert outcome.reason == "stopped"
         assert outcome.survivors_killed == 2
@@ -279,13 +280,11 @@ async def test_a_frozen_one_can_be_killed(supervisor: Supervisor) -> None:
 @each_loop
 async def test_many_may_stop_it_at_once(supervisor: Supervisor, settings: Settings) -> None:
     with leaves_nothing(settings):
-        sandbox = await supervisor.start(spec(STUBBORN))
+        sandbox = await supervisor.start(spec(STUBBORN, stop_grace=1000.0))
         await line_of(sandbox)
-        begin = time.monotonic()
-        graces = [30, 0.2, 5, None]
-        outcomes = await soon(asyncio.gather(*(sandbox.stop(grace=grace) for grace in graces)))
+        graces = [2000, 0.2, 500, None]
         # The least patient one decides.
-        assert time.monotonic() - begin < 4.5
+        outcomes = await soon(asyncio.gather(*(sandbox.stop(grace=grace) for grace in graces)))
         assert all(outcome is outcomes[0] for outcome in outcomes)
         assert await sandbox.stop() is outcomes[0]
         assert await sandbox.kill() is outcomes[0]
@@ -295,14 +294,14 @@ async def test_many_may_stop_it_at_once(supervisor: Supervisor, settings: Settin
 @each_loop
 async def test_a_stop_goes_on_without_its_caller(supervisor: Supervisor, settings: Settings) -> None:
     with leaves_nothing(settings):
-        sandbox = await supervisor.start(spec(STUBBORN))
+        sandbox = await supervisor.start(spec(STUBBORN, stop_grace=1000.0))
         await line_of(sandbox)
         begin = time.monotonic()
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(sandbox.stop(grace=0.3), 0.05)
         assert sandbox.outcome is None
         outcome = await soon(sandbox.wait())
-        assert 0.3 <= time.monotonic() - begin < 4
+        assert time.monotonic() - begin >= 0.3
         assert outcome.reason == "stopped"
 
 
@@ -321,12 +320,11 @@ async def test_no_grace_time_is_taken_that_is_none(supervisor: Supervisor, grace
     assert sandbox.state == "running"
 
 
-async def test_a_spec_may_bring_its_own_grace_time(supervisor: Supervisor) -> None:
-    sandbox = await supervisor.start(spec(STUBBORN, stop_grace=0.05))
-    await line_of(sandbox)
-    begin = time.monotonic()
-    await soon(sandbox.stop())
-    assert time.monotonic() - begin < 4  # without it, it would be 5
+async def test_a_spec_may_bring_its_own_grace_time(settings: Settings) -> None:
+    async with Supervisor(settings=replace(settings, stop_grace=1000.0)) as supervisor:
+        sandbox = await supervisor.start(spec(STUBBORN, stop_grace=0.05))
+        await line_of(sandbox)
+        assert (await soon(sandbox.stop())).reason == "stopped"
 
 
 # ---- Processes that run away
