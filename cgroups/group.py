@@ -14,6 +14,7 @@ from typing import Self
 
 from . import controllers, directories, files, processes, writing
 from .errors import (
+    BusyError,
     FrozenTimeoutError,
     GoneError,
     NotSupportedError,
@@ -323,9 +324,14 @@ class Cgroup:
             BusyError: it has processes, or children and not `recursive`.
             GoneError: its name now belongs to another cgroup, which is left alone.
         """
-        if recursive:
+        try:
+            directories.remove_directory(self.fd, self.name, self._inode, self._path)
+        except BusyError:
+            # As a rule there are none below, and to look takes as long as to remove.
+            if not recursive:
+                raise
             self._remove_children()
-        directories.remove_directory(self.fd, self.name, self._inode, self._path)
+            directories.remove_directory(self.fd, self.name, self._inode, self._path)
 
     def _remove_children(self) -> None:
         for child in self.children():

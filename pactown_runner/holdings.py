@@ -289,6 +289,11 @@ class Holdings:
 
     # Giving back ------------------------------------------------------------------------------------------------
 
+    def _is_populated(self) -> bool:
+        with contextlib.suppress(CgroupError):
+            return self.cgroup.populated()
+        return False
+
     def kill_tracers(self) -> None:
         """Kill those of the tenant's processes that may keep from ending what was killed; blocking."""
         with self._host.tree.slice(self.user.key) as slice_:
@@ -304,10 +309,11 @@ class Holdings:
     def is_removed(self) -> bool:
         """Remove the cgroup. False, and it stays, if something runs in it again: a further program, born just now."""
         try:
-            self.cgroup.remove()
-        except CgroupBusyError:
-            return False
+            # What runs in it may have made cgroups below, where it may.
+            self.cgroup.remove(recursive=True)
         except CgroupError as error:
+            if isinstance(error, CgroupBusyError) and self._is_populated():
+                return False
             # Nothing runs in it. Whoever starts this service next tries again.
             _log.error("cannot remove the cgroup %s: %s", self.cgroup.path, error)
         self.cgroup.close()

@@ -377,7 +377,7 @@ def _empty(host: Host, scope: Cgroup, claim: Claim) -> None:
         with contextlib.suppress(GoneError):
             with host.tree.slice(claim[0]) as slice_:
                 end_all(scope, slice_)
-            scope.remove()
+            scope.remove(recursive=True)
     except CgroupError as error:
         host.unfinished[claim] = None
         raise StateError(f"a job could not be ended: {error.message}", remedy=error.remedy) from error

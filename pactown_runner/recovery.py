@@ -76,11 +76,16 @@ def claim_left_behind(host: LoopHost, *, services: bool) -> list[Found]:
     scopes = {(scope.slice_name, scope.name): scope for scope in host.tree.scopes()}
     found = []
     for row in left:
-        if host.registry.sandboxes.take_over(row.key, row.service_id, row.run_id, row.owner, host.owner.owner_id):
-            scope = scopes.get((slice_name(row.key), f"{row.service_id}.scope"))
-            if scope is not None and scope.run_id != row.run_id:
-                scope = None
-            found.append(Found(row, scope, scope is not None and _populated(host, scope)))
+        scope = scopes.get((slice_name(row.key), f"{row.service_id}.scope"))
+        if scope is not None and scope.run_id != row.run_id:
+            scope = None
+        try:
+            # In this order: what is ours and not told of here nobody would look after.
+            one = Found(row, scope, scope is not None and _populated(host, scope))
+            if host.registry.sandboxes.take_over(row.key, row.service_id, row.run_id, row.owner, host.owner.owner_id):
+                found.append(one)
+        except (RunnerError, CgroupError, OSError) as error:
+            _log.error("cannot take over %s of %s yet: %s", row.service_id, row.key, error)
     return sorted(found, key=lambda one: one.row.service_id != HOLD)
 
 

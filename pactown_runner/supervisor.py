@@ -394,6 +394,14 @@ class Supervisor:
             async for record in records:
                 yield record
 
+    def _admit(self, spec: SandboxSpec, alive: int) -> None:
+        assert self._host is not None
+        try:
+            self._host.admission.check(spec, alive)
+        except AdmissionError as error:
+            self._events.note("refused", spec.user_id, spec.service_id, limit=error.limit)
+            raise
+
     @asynccontextmanager
     async def _begin(self, spec: SandboxSpec, kind: Kind) -> AsyncGenerator[Sandbox, None]:
         """Begin a sandbox's life. Whoever is cancelled within leaves nothing of it behind."""
@@ -401,16 +409,16 @@ class Supervisor:
             raise SpecError("a one-shot run is not restarted", remedy="start it as a service, or without restart")
         if self._host is None:
             raise self._refusal
-        if (there := self._live.find(spec.user_id, spec.service_id)) is not None:
+        while (there := self._live.find(spec.user_id, spec.service_id)) is not None:
             if there.state is not State.CRASH_LOOPING:
                 raise AlreadyRunningError(f"service {spec.service_id!r} of user {spec.user_id!r} runs already")
-            # Somebody tries anew, with another command perhaps.
+            self._admit(spec, len(self._live) - 1)
+            # Somebody tries anew, with another command perhaps: the old one is not to come back.
+            await there.course.forget()
             await there.course.end()
-        try:
-            self._host.admission.check(spec, len(self._live))
-        except AdmissionError as error:
-            self._events.note("refused", spec.user_id, spec.service_id, limit=error.limit)
-            raise
+            if self._host is None:
+                raise self._refusal
+        self._admit(spec, len(self._live))
         run = Run(spec, kind, secrets.token_hex(8), time.time())
         sandbox = self._live.begin(self._host, run, "new")
         try:

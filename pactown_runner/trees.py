@@ -224,7 +224,7 @@ class Tree:
                 with self.root.child(slice_) as parent:
                     end_all(scope, parent, timeout)
                 try:
-                    scope.remove()
+                    scope.remove(recursive=True)
                 except GoneError:
                     return False
                 except BusyError:

@@ -230,9 +230,9 @@ def pytest_configure(config: pytest.Config) -> None:
         _set_environ(restore, name, value)
     tempfile.tempdir = None
     # A shell starts what runs in the background with SIGINT ignored, and that would go on to all that tests start.
-    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), partial(_like_interrupt, run))
-    for number, handler in {signal.SIGINT: signal.default_int_handler, **handlers}.items():
-        previous = signal.signal(number, handler)
+    restore.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        previous = signal.signal(number, partial(_like_interrupt, run))
         restore.callback(signal.signal, number, previous)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import random
@@ -15,13 +16,15 @@ from pathlib import Path
 import pytest
 
 from cgroups import find_mount
-from pactown_runner import Sandbox, Settings, Supervisor
+from pactown_runner import Sandbox, Settings, Supervisor, recovery
 from pactown_runner.errors import AlreadyRunningError
 from pactown_runner.exits import reap, reap_foreign
+from pactown_runner.host import LoopHost
 from pactown_runner.models import IsolatedUser
 from pactown_runner.outcomes import ExitStatus
 from pactown_runner.owners import Owners
 from pactown_runner.registry import Registry
+from pactown_runner.trees import Scope
 from pactown_runner.users import Users
 from tests.supervising import (
     PATIENCE,
@@ -60,6 +63,13 @@ SERVICE = """
 async def work(supervisor):
     sandbox = await supervisor.start(spec(COMMAND, **OPTIONS))
     await say(f"{sandbox.pid} {sandbox.run_id} {sandbox.run.started_at}")
+    await asyncio.sleep(1000)
+"""
+SEVERAL = """
+async def work(supervisor):
+    for name in "abc":
+        await supervisor.start(spec(["sleep", "1000"], name))
+    await say("ready")
     await asyncio.sleep(1000)
 """
 ADOPTER = """
@@ -511,6 +521,30 @@ async def test_a_look_that_fails_is_not_the_last(
         await eventually(lambda: "a disk that is full" in caplog.text)
     await process.killed()
     assert (await adopted(supervisor)).state == "running"
+
+
+async def test_what_cannot_be_looked_at_is_taken_over_later(
+    supervisor: Supervisor, child: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And no other is lost for its sake."""
+    looked: list[str] = []
+
+    def populated(host: LoopHost, scope: Scope) -> bool:
+        looked.append(scope.name)
+        if len(looked) == 2:
+            raise OSError(errno.EMFILE, "too many open files")
+        return True
+
+    monkeypatch.setattr(recovery, "_populated", populated)
+    process = child(SEVERAL)
+    await process.line()
+    await process.killed()
+    await eventually(lambda: {sandbox.service_id for sandbox in supervisor.list()} == {"a", "b", "c"})
+    for sandbox in supervisor.list():
+        await soon(sandbox.started())
+        assert sandbox.state == "running"
+    assert "cannot take over" in caplog.text
+    assert len(looked) == 4
 
 
 async def test_cgroups_that_no_record_names_are_swept(settings: Settings) -> None:
