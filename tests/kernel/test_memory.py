@@ -11,7 +11,7 @@ from cgroups import Limits
 from pactown_runner import Outcome, Sandbox, Settings, Supervisor
 from pactown_runner.errors import LimitsError
 from tests.kernel.conftest import MIB, Bystander, Measure, cgroup_of, left, slice_of
-from tests.supervising import line_of, lines, python, soon, spec
+from tests.supervising import eventually, line_of, lines, python, soon, spec
 
 pytestmark = pytest.mark.kernel
 
@@ -197,6 +197,8 @@ async def test_above_memory_high_a_program_is_slowed_down_and_not_killed(
     limits = Limits(memory_high="24M", memory_max="200M")
     began = time.monotonic()
     sandbox = await supervisor.start(spec(python(GROW.format(mib=48)), limits=limits))
+    # However long it takes to get so far.
+    await eventually(lambda: "high 0\n" not in (cgroup_of(sandbox) / "memory.events").read_text(), 60, pause=0.1)
     with pytest.raises(TimeoutError):
         await soon(line_of(sandbox), 4)
     stats = await sandbox.stats()
