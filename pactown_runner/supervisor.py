@@ -56,6 +56,7 @@ from .supervisor_users import Placed, SupervisorUsers
 from .tenant_threads import TenantThreads
 from .trees import open_tree
 from .users import Users
+from .waiting import finish
 
 __all__ = ["Supervisor"]
 
@@ -121,7 +122,8 @@ class Supervisor:
         hub = LogHub()
         self._held.callback(hub.close)
         try:
-            self._host = host = await to_thread.run_sync(self._open, hub)
+            # Whole, whoever is cancelled: what is opened after `_close` nobody would close.
+            host = await finish(asyncio.ensure_future(self._open_in_thread(hub)))
             if host is not None:
                 threads = TenantThreads()
                 self._held.callback(threads.close)
@@ -144,6 +146,10 @@ class Supervisor:
     ) -> None:
         with anyio.CancelScope(shield=True):
             await self._close()
+
+    async def _open_in_thread(self, hub: LogHub) -> LoopHost | None:
+        self._host = await to_thread.run_sync(self._open, hub)
+        return self._host
 
     def _open(self, hub: LogHub) -> LoopHost | None:
         """Open all that is shared. Without root there may be no place for sandboxes, but there are users and logs."""

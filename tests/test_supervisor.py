@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from pactown_runner.errors import (
     StartError,
     StateError,
 )
+from pactown_runner.host import LoopHost
+from pactown_runner.logs import LogHub
 from tests import hostsweep
 from tests.supervising import (
     ROOT,
@@ -170,6 +173,30 @@ async def test_it_is_used_within_async_with_only(settings: Settings) -> None:
         await supervisor.start(spec(SLEEP))
     async with supervisor:
         assert (await soon(supervisor.run(spec("exit 0")))).ok
+    assert leftovers(settings) == []
+
+
+@each_loop
+async def test_who_is_cancelled_while_it_opens_leaves_nothing_open(settings: Settings) -> None:
+    opening, go_on = threading.Event(), threading.Event()
+
+    class Slow(Supervisor):
+        def _open(self, hub: LogHub) -> LoopHost | None:
+            opening.set()
+            assert go_on.wait(30)
+            return super()._open(hub)
+
+    async with Supervisor(settings=settings):
+        pass  # what is made once is there
+    with leaves_nothing(settings):
+        entering = asyncio.create_task(Slow(settings=settings).__aenter__())
+        assert await asyncio.to_thread(opening.wait, 30)
+        for _ in range(2):
+            entering.cancel()
+            await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await soon(entering)
     assert leftovers(settings) == []
 
 
