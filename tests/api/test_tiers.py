@@ -129,7 +129,7 @@ async def test_limits_of_a_tier_are_those_of_a_start_that_gives_none(settings: S
 
 async def test_a_signal_reaches_all_processes(api: Api) -> None:
     client = await api.client()
-    sandbox = await api.supervisor.start(spec("trap 'exit 5' USR1; sleep 600 & while :; do sleep 0.1; done"))
+    sandbox = await api.supervisor.start(spec("trap 'exit 5' USR1; sleep 600 & sleep 600 & wait"))
     for bad in ("SIGNONE", 0, 65, "9", True, None):
         assert (await client.post(BOX + "/signal", json={"signal": bad})).status_code == 422
     await eventually(lambda: len(processes_of(sandbox.user.linux_uid)) >= 3)
