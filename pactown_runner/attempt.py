@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -96,8 +97,7 @@ class Attempt:
         self._leaving = False
         self._patience = anyio.CancelScope()
         self._making = anyio.CancelScope()
-        # A run that was taken over began before this process did.
-        self._began = time.monotonic() - max(0.0, time.time() - run.started_at)
+        self._began = time.monotonic()
 
     @property
     def age(self) -> float:
@@ -122,6 +122,8 @@ class Attempt:
             try:
                 if claiming is None:
                     self.program.recognise(held.main)
+                    # It began before this process did.
+                    self._began = time.monotonic() - _age(held.main, self.run)
                 else:
                     await self._launch(held)
                     self._write_down(held)
@@ -379,3 +381,10 @@ class Attempt:
             self._host.monitor.discard(self.run.run_id)
             self.held.let_go()
         self.program.close()
+
+
+def _age(main: Main | None, run: Run) -> float:
+    """Seconds since a predecessor started this. The wall clock, which may have been set since, is the last resort."""
+    if main is None:
+        return max(0.0, time.time() - run.started_at)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - main.start_time / os.sysconf("SC_CLK_TCK")

@@ -98,6 +98,8 @@ class Course:
         self._woken = asyncio.Event()
         self._launched = asyncio.Event()
         self._ended = asyncio.Event()
+        # Limits that change while the next run is claimed would be the last one's, and lost.
+        self._changing = asyncio.Lock()
         self._leaving = False
         self._grace_cap = float("inf")
 
@@ -175,15 +177,17 @@ class Course:
 
     async def remember(self, limits: Limits) -> None:
         """Changed limits hold for later runs, and for a successor."""
-        spec = self.run.spec
-        assert self.claim is not None
-        standings, before = self._host.standings, spec.limits
-        if before is None:
-            before = await self._host.in_thread(standings.default_limits, self.claim[0])
-        given = {name: value for name, value in vars(limits).items() if value is not None}
-        self.run = self.run._replace(spec=replace(spec, limits=replace(before, **given)))
-        if self.run.kind == "service":
-            await self._host.in_thread(self._host.registry.sandboxes.update_spec, *self.claim, self.run.spec.to_json())
+        async with self._changing:
+            spec = self.run.spec
+            assert self.claim is not None
+            standings, before = self._host.standings, spec.limits
+            if before is None:
+                before = await self._host.in_thread(standings.default_limits, self.claim[0])
+            given = {name: value for name, value in vars(limits).items() if value is not None}
+            self.run = self.run._replace(spec=replace(spec, limits=replace(before, **given)))
+            if self.run.kind == "service":
+                update = self._host.registry.sandboxes.update_spec
+                await self._host.in_thread(update, *self.claim, self.run.spec.to_json())
 
     def wrong_state(self) -> StateError:
         """What to say to those who want what it cannot do now."""
@@ -342,15 +346,16 @@ class Course:
     async def _claim_again(self) -> Claiming:
         """Make the claim the next run's. Raises `HeldError`, and nothing has changed, while the tenant is held."""
         assert self.claim is not None
-        run = self.run._replace(run_id=secrets.token_hex(8), started_at=time.time())
-        registry, owner = self._host.registry, self._host.owner.owner_id
-        if not await self._host.in_thread(registry.sandboxes.restart, self.claim, owner, run.run_id, run.started_at):
-            raise TakenError(f"{self} belongs to another supervisor by now")
-        self.run = run
-        self.claim = (*self.claim[:2], run.run_id)
+        restart, owner = self._host.registry.sandboxes.restart, self._host.owner.owner_id
+        async with self._changing:
+            run = self.run._replace(run_id=secrets.token_hex(8), started_at=time.time())
+            attempt = Attempt(self._host, run, self.feed)
+            if not await self._host.in_thread(restart, self.claim, owner, run.run_id, run.started_at):
+                raise TakenError(f"{self} belongs to another supervisor by now")
+            self.run, self.attempt = run, attempt
+            self.claim = (*self.claim[:2], run.run_id)
         self.runs.append(run.run_id)
         self.restarts += 1
-        self.attempt = Attempt(self._host, run, self.feed)
         launched, self._launched = self._launched, asyncio.Event()
         launched.set()
         return "held"

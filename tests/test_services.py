@@ -247,6 +247,27 @@ async def test_changed_limits_hold_for_later_runs(supervisor: Supervisor) -> Non
     assert sandbox.spec.limits == Limits()
 
 
+async def test_limits_that_change_while_it_is_started_again_hold_too(
+    supervisor: Supervisor, settings: Settings
+) -> None:
+    # Where this host cannot enforce them the next run fails, which is as good here.
+    limits = Limits(pids_max=7)
+    sandbox = await supervisor.start(spec(SLEEP, limits=Limits(), restart=policy("always")))
+    with contextlib.closing(sqlite3.connect(settings.state_dir / "registry.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        restarting = asyncio.create_task(sandbox.restart(grace=0))
+        await state_of(sandbox, State.STARTING)
+        # What has been written onto the last run, which is over.
+        remembering = asyncio.create_task(sandbox.course.remember(limits))
+        await asyncio.sleep(0)
+        other.execute("ROLLBACK")
+        await soon(asyncio.wait([remembering, restarting]))
+    assert sandbox.spec.limits == limits
+    with Registry(settings.state_dir / "registry.db") as registry:
+        (row,) = registry.sandboxes.rows()
+    assert SandboxSpec.from_json(row.spec).limits == limits
+
+
 # ---- Readiness and liveness
 
 SERVER = """
@@ -340,6 +361,7 @@ async def test_who_waits_for_it_does_not_mind_a_moment_or_a_run_in_between(super
     (there / "over").touch()
     await soon(restarting)
     await soon(waiting)
+    await soon(sandbox.kill())
 
 
 async def test_one_that_never_gets_ready_is_ended(supervisor: Supervisor) -> None:
@@ -488,6 +510,18 @@ async def test_left_running_and_gone_on_with(settings: Settings) -> None:
         assert outcome.exit_code == 7
         numbers = [line.split()[1] for line in await lines(adopted)]
         assert numbers == [str(number) for number in range(1, len(numbers) + 1)]
+
+
+async def test_the_time_of_one_that_was_left_is_not_the_wall_clocks(settings: Settings) -> None:
+    async with Supervisor(settings=replace(settings, on_exit="leave")) as supervisor:
+        await supervisor.start(spec(SLEEP, timeout=3600.0))
+    # As if the clock had been set since, by two hours: a test cannot set it, as it is the whole host's.
+    with contextlib.closing(sqlite3.connect(settings.state_dir / "registry.db", isolation_level=None)) as db:
+        db.execute("UPDATE sandboxes SET created_at = created_at - 7200")
+    async with Supervisor(settings=settings) as supervisor:
+        outcome = await soon(supervisor.get(USER, "api").stop())
+        assert outcome.reason == "stopped"
+        assert outcome.wall_seconds < 3600
 
 
 @pytest.mark.parametrize("state", ["backing-off", "crash-looping", "frozen", "restarting"])
