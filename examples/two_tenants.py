@@ -17,7 +17,8 @@ from pathlib import Path
 from rich.console import Console
 
 from cgroups import Limits, find_mount, format_bytes
-from pactown_runner import RunnerError, Sandbox, SandboxSpec, Settings, Supervisor
+from pactown_runner import Sandbox, SandboxSpec, Settings, Supervisor
+from pactown_runner.errors import LimitsError
 from pactown_runner.purge import Purge
 
 SERVICE = """\
@@ -105,7 +106,7 @@ async def start_both(supervisor: Supervisor) -> dict[str, tuple[Sandbox, int]]:
     limits = Limits(memory_max="128M", cpu_max=0.5, pids_max=32)
     try:
         return {name: await start_web(supervisor, name, limits) for name in COLOURS}
-    except RunnerError as error:
+    except LimitsError as error:
         console.print(f"  [yellow]This host cannot enforce limits:[/yellow] {error.args[0]}")
         console.print(f"  [yellow]To have them:[/yellow] {error.remedy}")
         console.print("  Asked for, they are an error. So now they are not asked for.")

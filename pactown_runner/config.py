@@ -246,7 +246,8 @@ class Settings:
         Args:
             config: the TOML file. By default `PACTOWN_CONFIG`, else `/etc/pactown/pactown.toml` if it is there.
             environ: the environment to read; by default the process's own.
-            given: settings by name; None counts as not given.
+            given: settings by name; None counts as not given. With a `users_base` other than the configured one none of
+                the configured directories counts: that is another state, which lies below it.
 
         Raises:
             ConfigError: for a key that is not a setting, a value that is malformed, or a file that cannot be read.
@@ -256,7 +257,12 @@ class Settings:
             config = Path(named)
         values = _from_toml(config or DEFAULT_CONFIG, must_exist=config is not None)
         values |= _from_environ(environ)
-        values |= {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in given.items() if value is not None}
+        base = Path(values.get("users_base", DEFAULT_USERS_BASE))
+        if Path(given.get("users_base", base)) != base:
+            # Another state, of which the configured one's directories are no part.
+            values = {name: value for name, value in values.items() if name not in _PATHS}
+        values |= given
         if unknown := values.keys() - _NAMES:
             raise ConfigError(
                 f"unknown settings: {', '.join(sorted(unknown))}", remedy=f"known are {', '.join(sorted(_NAMES))}"

@@ -124,8 +124,21 @@ class Purge:
         removal = self._registry.users.removal(row.key)
         return removal is not None and not removal.delete_home and row.home.exists()
 
-    def carry_out(self, plan: Plan) -> None:
-        """Remove it all; what cannot be removed is in `failed` afterwards."""
+    def carry_out(self, plan: Plan, *, force: bool = False) -> None:
+        """Remove it all; what cannot be removed is in `failed` afterwards.
+
+        Args:
+            force: also if live processes use the state.
+
+        Raises:
+            StateError: some do.
+        """
+        if plan.owners and not force:
+            uses = "process uses" if len(plan.owners) == 1 else "processes use"
+            raise StateError(
+                f"{len(plan.owners)} live {uses} {self.settings.state_dir}",
+                remedy=f"stop them first (fuser {self.settings.state_dir}/owners/*), or give --force",
+            )
         self._end_sandboxes()
         self._remove_users(plan.users)
         self._remove_cgroups()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cgroups import Limits
-from pactown_runner.config import DEFAULT_UID_RANGES, Settings
+from pactown_runner.config import DEFAULT_UID_RANGES, DEFAULT_USERS_BASE, Settings
 from pactown_runner.errors import ConfigError
 
 TOML = """
@@ -220,6 +220,20 @@ def test_a_users_base_of_its_own_keeps_its_state() -> None:
     assert settings.state_dir == Path("/srv/users/.state")
     assert (settings.log_dir, settings.run_dir) == (Path("/srv/users/.state/log"), Path("/srv/users/.state/run"))
     assert Settings.load(environ={}, users_base=Path("/srv/users"), log_dir=Path("/l")).log_dir == Path("/l")
+
+
+def test_of_another_state_nothing_lies_where_the_configured_one_does() -> None:
+    environ = {f"PACTOWN_{name}_DIR": f"/srv/{name}" for name in ("STATE", "LOG", "RUN")}
+    environ["PACTOWN_STOP_GRACE"] = "3"
+    settings = Settings.load(environ=environ, users_base=Path("/srv/other"))
+    below = Path("/srv/other/.state")
+    assert (settings.state_dir, settings.log_dir, settings.run_dir) == (below, below / "log", below / "run")
+    assert settings.stop_grace == 3
+    # Given once more it is the same one.
+    for environ["PACTOWN_USERS_BASE"] in ("/srv/users", "/srv/users/"):
+        settings = Settings.load(environ=environ, users_base=Path("/srv/users"))
+        assert (settings.state_dir, settings.log_dir) == (Path("/srv/STATE"), Path("/srv/LOG"))
+    assert Settings.load(environ=environ, users_base=DEFAULT_USERS_BASE).state_dir == Path("/var/lib/pactown")
 
 
 @pytest.mark.usefixtures("as_user")

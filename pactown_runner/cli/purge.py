@@ -36,24 +36,15 @@ def purge(
     named, and the exit code is 1 then; nothing is forgotten, and the command can be repeated.
     """
     with errors_told(1, as_json=as_json):
-        from ..errors import StateError  # noqa: PLC0415
         from ..purge import Purge  # noqa: PLC0415
 
         with Purge(load_settings(users_base, config)) as work:
             plan = work.plan()
             if not as_json:
                 _show(plan, work)
-            if plan.owners and not force:
-                several = len(plan.owners) > 1
-                raise StateError(
-                    f"{len(plan.owners)} live process{'es use' if several else ' uses'} {work.settings.state_dir}",
-                    remedy=f"stop them first (fuser {work.settings.state_dir}/owners/*), or give --force",
-                )
-            if not plan.empty:
+            if not plan.empty and (force or not plan.owners):
                 _confirm(yes=yes, as_json=as_json)
-                work.carry_out(plan)
-            elif plan.strangers:
-                work.carry_out(plan)
+            work.carry_out(plan, force=force)
         _report(work, as_json=as_json)
         raise Ended(1 if work.failed else 0)
 
