@@ -131,6 +131,9 @@ class Attempt:
                 self.started = True
                 self._monitor(held, adopted=claiming is None)
                 listener.executed(held)
+                if claiming is not None:
+                    # Its time is the program's: to make an account may take longer than that lasts.
+                    self._began = time.monotonic()
                 self.executed.set()
                 self._look_after(held, listener, adopted=claiming is None)
                 await self._first_exit(held)
@@ -175,7 +178,6 @@ class Attempt:
         if self._making.cancel_called:
             raise StartError(f"it was stopped while it waited: {error.message}", step="claim") from error
         self._making = anyio.CancelScope()  # of which each is good for one use
-        # Its time is the program's.
         self._began = time.monotonic()
 
     async def _launch(self, held: Holdings) -> None:
@@ -296,7 +298,7 @@ class Attempt:
             await self.program.exited()
             if self._ending is not None:
                 await emptied(held.cgroup)
-        if self._patience.cancelled_caught and self._ending is None:
+        if self._patience.cancelled_caught and self._ending is None and not self.program.has_exited():
             self._ending = "timed-out"
 
     async def end(self, reason: Reason, grace: float) -> None:

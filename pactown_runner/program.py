@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -105,6 +106,14 @@ class Program:
         """Wait until it has exited; at once where nobody knows which it is."""
         if self._pidfd is not None:
             await readable(self._pidfd)
+
+    def has_exited(self) -> bool:
+        """Whether it has exited; False where nobody knows which it is."""
+        if self._pidfd is None:
+            return False
+        end = select.poll()
+        end.register(self._pidfd, select.POLLIN)
+        return bool(end.poll(0))
 
     async def status(self, host: LoopHost) -> ExitStatus:
         """Take its exit status, once nothing of its sandbox runs any more."""

@@ -9,6 +9,7 @@ import random
 import re
 import resource
 import shlex
+import sqlite3
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -173,6 +174,19 @@ async def test_outcome(
         assert outcome.stats is not None
         assert 0 < outcome.wall_seconds < 10
         assert (outcome.stats.cpu_usage_usec or 0) > 0
+
+
+async def test_the_time_that_it_takes_to_make_a_user_is_not_the_programs(
+    supervisor: Supervisor, settings: Settings
+) -> None:
+    timeout = 0.3
+    with contextlib.closing(sqlite3.connect(settings.state_dir / "registry.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        running = asyncio.create_task(supervisor.run(spec("true", user="new", timeout=timeout)))
+        await asyncio.sleep(timeout)
+        other.execute("ROLLBACK")
+        outcome = await soon(running)
+    assert (outcome.reason, outcome.exit_code) == ("exited", 0)
 
 
 async def test_a_child_that_outlives_the_program_is_killed_and_counted(supervisor: Supervisor) -> None:
