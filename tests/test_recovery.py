@@ -97,9 +97,13 @@ async def adopted(supervisor: Supervisor, service_id: str = "api") -> Sandbox:
     sandbox = here()
     assert sandbox is not None
     await soon(sandbox.started())
-    # Its last step: without it the dead owner's file would be left to yet another supervisor.
-    await eventually(lambda: not Owners(supervisor.settings.state_dir).dead_owners())
+    await last_step(supervisor)
     return sandbox
+
+
+async def last_step(supervisor: Supervisor) -> None:
+    """Of a takeover: without it the dead owner's file would be left to yet another supervisor."""
+    await eventually(lambda: not Owners(supervisor.settings.state_dir).dead_owners())
 
 
 # ---- A service whose supervisor died
@@ -545,6 +549,7 @@ async def test_what_cannot_be_looked_at_is_taken_over_later(
         assert sandbox.state == "running"
     assert "cannot take over" in caplog.text
     assert len(looked) == 4
+    await last_step(supervisor)
 
 
 async def test_cgroups_that_no_record_names_are_swept(settings: Settings) -> None:
