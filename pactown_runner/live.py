@@ -53,13 +53,24 @@ class LiveSandboxes:
         return sandbox
 
     async def hold_all(self, host: LoopHost, user: IsolatedUser, still: bool) -> None:
-        """Freeze all that runs of a user, and what is just being started when it does; or thaw it."""
-        for sandbox in self.of(user.saas_user_id):
+        """Freeze all that runs of a user, and what is just being started when it does; or thaw it.
+
+        What is to be frozen and only waits to be started, for an environment perhaps, is given up.
+        """
+        sandboxes = self.of(user.saas_user_id)
+        if still:
+            # The tenant's own code makes an environment, for as long as it likes.
+            for sandbox in sandboxes:
+                sandbox.course.attempt.stop_making()
+        for sandbox in sandboxes:
+            course = sandbox.course
             try:
-                if not sandbox.course.started.is_set():
+                if not course.started.is_set():
                     begin = host.tree.let_begin
                     await to_thread.run_sync(begin, user.key, sandbox.service_id, sandbox.run_id)
-                await sandbox.started()
+                    if not still and course.claim is None:
+                        continue  # it has never run, and may not for long
+                await course.started.wait()
                 await (sandbox.freeze() if still else sandbox.thaw())
             except RunnerError:
                 # One that has ended, or never began, does not run on either.

@@ -14,9 +14,10 @@ import pytest
 
 from pactown_runner import RestartPolicy, SandboxSpec, Settings, Supervisor
 from pactown_runner.errors import StartError
+from pactown_runner.registry import Standing
 from pactown_runner.specs import Probe
 from tests.packages import Index, make_wheel, serving
-from tests.supervising import USER, eventually, leaves_nothing, leftovers, line_of, lines, soon, spec
+from tests.supervising import USER, eventually, leaves_nothing, leftovers, line_of, lines, processes_of, soon, spec
 from tests.test_venvs import UV
 
 if TYPE_CHECKING:
@@ -133,3 +134,32 @@ async def test_what_is_being_made_can_be_stopped(settings: Settings, index: Inde
         with pytest.raises(StartError, match="stopped while"):
             await soon(starting)
     assert not leftovers(settings)
+
+
+async def test_who_is_blocked_does_not_go_on_making_it(runner: Supervisor, index: Index) -> None:
+    user = await runner.users.get_or_create(USER)
+    index.open.clear()
+    policy = RestartPolicy("always")
+    starting = [asyncio.create_task(runner.start(wanting(SERVES, service=name, restart=policy))) for name in ("a", "b")]
+    assert await asyncio.to_thread(index.asked.wait, 60)
+    await soon(runner.users.set_standing(USER, Standing(None, blocked=True)))
+    for task in starting:
+        with pytest.raises(StartError, match="stopped while"):
+            await soon(task)
+    assert processes_of(user.linux_uid) == {}
+    assert runner.list() == []
+
+
+async def test_a_start_that_takes_long_keeps_no_block_waiting(runner: Supervisor, index: Index) -> None:
+    user = await runner.users.get_or_create(USER)
+    assert runner._host is not None
+    index.open.clear()
+    starting = asyncio.create_task(runner.start(wanting(SERVES)))
+    assert await asyncio.to_thread(index.asked.wait, 60)
+    # As if it had been begun as soon as the tenant is blocked no more.
+    runner._host.registry.standings.set(user.key, Standing(None, blocked=True))
+    await soon(runner.users.set_standing(USER, Standing()))
+    assert not starting.done()
+    await soon(runner.users.set_standing(USER, Standing(None, blocked=True)))
+    with pytest.raises(StartError, match="stopped while"):
+        await soon(starting)
