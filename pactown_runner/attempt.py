@@ -40,7 +40,7 @@ PRESSURE_AFTER = 2.0
 """Seconds that a run must have lasted for its `Outcome` to tell of pressure: the kernel's own sampling period."""
 
 HELD_PAUSE = 0.25
-"""Seconds between two looks at whether a tenant is still held: by another process, perhaps, which tells nobody."""
+"""Seconds between two looks at a tenant that is held or blocked: by another process, perhaps, which tells nobody."""
 
 
 class Listener(Protocol):
@@ -371,7 +371,7 @@ class Attempt:
                 await end_rest(self._host, held)
 
     def dismiss(self) -> None:
-        """It never was: a predecessor's run that is over."""
+        """It never was: a predecessor's run that is over, or one that nobody wants any more."""
         self.over = True
         self.executed.set()
 

@@ -19,7 +19,7 @@ from typing import Literal
 from cgroups import CgroupError, Limits
 
 from .attempt import HELD_PAUSE, Attempt, LeftError
-from .errors import AdmissionError, RunnerError, SpecError, StartError, StateError
+from .errors import AdmissionError, BlockedError, RegistryError, RunnerError, SpecError, StartError, StateError
 from .events import NoteKind
 from .holdings import Claiming, Holdings, Run
 from .host import Claim, LoopHost
@@ -134,13 +134,20 @@ class Course:
 
     async def restart(self, grace: float) -> None:
         """End the current run, if there is one, and return when the next has been executed; see `Sandbox.restart`."""
-        launched = self._launched
+        before, launched = self.attempt, self._launched
         await self._turn("again", grace)
         await launched.wait()
         attempt = self.attempt
         await attempt.executed.wait()
-        if not attempt.started:
+        if attempt is before or not attempt.started:
             raise self.failure or self.wrong_state()
+
+    async def refuse_blocked(self) -> None:
+        """Raises `BlockedError` if its tenant is blocked: what is ended now could not be started again."""
+        if self.claim is not None:
+            key, service_id, _ = self.claim
+            if (await self._host.in_thread(self._host.standings.of, key)).blocked:
+                raise BlockedError(f"cannot start {service_id!r} again: user {key} is blocked")
 
     async def leave(self) -> None:
         """Let go of a service, running as it is, for a successor to take over. What is just ending ends."""
@@ -283,11 +290,14 @@ class Course:
     async def _attempt_once(self) -> Action | None:
         """One run, from its start to its end. Returns what comes then."""
         first = not self.started.is_set()
+        before = None if first else self.attempt
         try:
             claiming = self._first_claiming() if first else await self._claim_again()
             if self._leaving:
+                self.attempt.dismiss()
                 raise LeftError
             if self._life.wish == "down" and self.last_outcome is not None:
+                self.attempt.dismiss()
                 self.exited()
                 return self._decide(self.last_outcome)
             self._life = self._life.wishing("up")
@@ -295,12 +305,13 @@ class Course:
         except (LeftError, TakenError):
             raise
         except Exception as error:
-            if isinstance(error, HeldError) and not first:
+            if isinstance(error, HeldError | BlockedError) and not first:
                 self._life, action = self._life.held(time.monotonic() + HELD_PAUSE)
                 return action
             failure = self._understood(error)
             survives = await self._survives(failure, first=first)
-            outcome = _unstarted(failure) if not self.attempt.started else Outcome(reason="lost", message=str(failure))
+            ran = self.attempt is not before and self.attempt.started
+            outcome = Outcome(reason="lost", message=str(failure)) if ran else _unstarted(failure)
             self._note_failure(failure, outcome, survives=survives)
             if not survives:
                 raise failure from None
@@ -344,21 +355,37 @@ class Course:
         return "register" if self._registered else "claim"
 
     async def _claim_again(self) -> Claiming:
-        """Make the claim the next run's. Raises `HeldError`, and nothing has changed, while the tenant is held."""
+        """Make the claim the next run's.
+
+        Raises:
+            HeldError, BlockedError: the tenant is held or blocked, and nothing has changed.
+            TakenError, RegistryError: it cannot be had.
+        """
         assert self.claim is not None
         restart, owner = self._host.registry.sandboxes.restart, self._host.owner.owner_id
         async with self._changing:
             run = self.run._replace(run_id=secrets.token_hex(8), started_at=time.time())
             attempt = Attempt(self._host, run, self.feed)
-            if not await self._host.in_thread(restart, self.claim, owner, run.run_id, run.started_at):
+            try:
+                is_ours = await self._host.in_thread(restart, self.claim, owner, run.run_id, run.started_at)
+            except (BlockedError, RegistryError) as error:
+                # Who wants it restarted waits for the end of a hold, but not for this.
+                self.failure = error
+                self._tell_launched()
+                raise
+            if not is_ours:
                 raise TakenError(f"{self} belongs to another supervisor by now")
             self.run, self.attempt = run, attempt
             self.claim = (*self.claim[:2], run.run_id)
         self.runs.append(run.run_id)
         self.restarts += 1
+        self._tell_launched()
+        return "held"
+
+    def _tell_launched(self) -> None:
+        """Tell those who want it restarted that another run has begun, or cannot."""
         launched, self._launched = self._launched, asyncio.Event()
         launched.set()
-        return "held"
 
     def _decide(self, outcome: Outcome) -> Action | None:
         """Nothing of the run is left."""

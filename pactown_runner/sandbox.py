@@ -26,6 +26,7 @@ from .logs import LogPaths, read_log
 from .main_process import Main
 from .models import IsolatedUser, IsolationReport, LogRecord, Outcome, State
 from .specs import SandboxSpec
+from .waiting import finish
 
 __all__ = ["Sandbox", "stats_of_all"]
 
@@ -47,6 +48,9 @@ class Sandbox:
     Attributes:
         course: its life, which is the supervisor's to lead.
     """
+
+    # For one change at a time from frozen to running and back; few are ever frozen, and only those have one.
+    _turn: asyncio.Lock | None = None
 
     def __init__(self, host: LoopHost, course: Course) -> None:
         self.course = course
@@ -224,17 +228,20 @@ class Sandbox:
 
         Raises:
             StateError: it has ended, or is just being stopped.
+            BlockedError: its user is blocked, and nothing has changed; or is by now, and it starts when that is over.
             StartError: it could not be started again; the restart policy decides what comes then.
+            RegistryError: the same, for want of the registry.
         """
         grace = self.course.grace(grace)
         await self.course.started.wait()
+        await self.course.refuse_blocked()
         self._must_live(RESTING - {State.ENDED})
         await self.course.restart(grace)
 
     async def freeze(self) -> None:
         """Stop it from running, and return when the kernel says that it is frozen. It cannot notice.
 
-        While the user's home is exported all stands still; what is frozen meanwhile stays so.
+        One such change follows another; once one has begun, a cancellation is raised when it is done. While the user's home is exported all stands still; what is frozen meanwhile stays so.
 
         Raises:
             StateError: it does not run, or did not freeze in time.
@@ -364,6 +371,13 @@ class Sandbox:
     # Help -------------------------------------------------------------------------------------------------------
 
     async def _refrigerate(self, to: State, action: Callable[[Holdings, Cgroup, float], None]) -> None:
+        if self._turn is None:
+            self._turn = asyncio.Lock()
+        async with self._turn:
+            # Once it is begun its end has to be seen, or the kernel would say otherwise than `state`.
+            await finish(asyncio.ensure_future(self._refrigerate_now(to, action)))
+
+    async def _refrigerate_now(self, to: State, action: Callable[[Holdings, Cgroup, float], None]) -> None:
         self._must_live()
         held = self._holdings
         try:

@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 
 from pactown_runner import Settings, Supervisor, recovery
-from pactown_runner.errors import AlreadyRunningError, RegistryError
+from pactown_runner.errors import AlreadyRunningError, RegistryError, StateError
 from pactown_runner.logs import LogError, LogPaths, LogPump
 from pactown_runner.registry import Registry
-from pactown_runner.specs import RestartPolicy
+from pactown_runner.specs import RestartMode, RestartPolicy
 from tests.supervising import USER, eventually, line_of, processes_of, soon, spec
 
 pytestmark = pytest.mark.host
@@ -103,6 +103,39 @@ async def test_a_first_start_that_cannot_be_forgotten_keeps_no_name(settings: Se
         sandbox = await soon(supervisor.start(spec(["sleep", "1000"], restart=RestartPolicy("always"))))
         assert (await soon(sandbox.kill())).reason == "stopped"
         assert services(settings) == []
+
+
+@pytest.mark.parametrize("mode", ["no", "always"])
+async def test_a_restart_that_the_registry_refuses_is_told(
+    supervisor: Supervisor, settings: Settings, mode: RestartMode
+) -> None:
+    restart = RestartPolicy(mode, backoff=1000, backoff_max=1000)
+    sandbox = await supervisor.start(spec(["sleep", "1000"], restart=restart))
+    with broken(settings, "UPDATE OF run_id ON sandboxes"):
+        with pytest.raises(RegistryError, match="the disk is broken"):
+            await soon(sandbox.restart(0))
+        if mode == "no":
+            outcome = await soon(sandbox.wait())
+            assert (outcome.reason, sandbox.state) == ("failed-to-start", "ended")
+            return
+        with pytest.raises(RegistryError):
+            await soon(sandbox.restart(0))
+    await soon(sandbox.restart(0))
+    assert sandbox.state == "running"
+
+
+async def test_a_stop_while_another_run_is_claimed_ends_the_restart(supervisor: Supervisor, settings: Settings) -> None:
+    sandbox = await supervisor.start(spec(["sleep", "1000"]))
+    with closing(sqlite3.connect(settings.state_dir / "registry.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        restarting = asyncio.create_task(sandbox.restart(0))
+        await eventually(lambda: sandbox.state == "starting")
+        stopping = asyncio.create_task(sandbox.stop())
+        await asyncio.sleep(0)
+        other.execute("ROLLBACK")
+    assert (await soon(stopping)).reason == "stopped"
+    with pytest.raises(StateError, match="ended"):
+        await soon(restarting)
 
 
 async def test_a_transfer_while_the_registry_is_broken_does_not_keep_its_user(

@@ -11,7 +11,7 @@ import pytest
 from cgroups import Limits
 from pactown_runner import RestartPolicy, Settings, Supervisor
 from pactown_runner.api.table import ROWS
-from pactown_runner.errors import LimitsError
+from pactown_runner.errors import BlockedError, LimitsError
 from pactown_runner.registry import Standing
 from pactown_runner.tiers import Tier
 from tests.api.conftest import USER, Api, serving
@@ -99,17 +99,17 @@ async def test_who_is_blocked_stands_still_and_starts_nothing(api: Api) -> None:
     assert (await client.post(BOX + "/restart?grace=0")).status_code == 200
 
 
-async def test_what_ends_while_its_tenant_is_blocked_does_not_come_back(api: Api) -> None:
+async def test_what_ends_while_its_tenant_is_blocked_comes_back_afterwards(api: Api) -> None:
     client, supervisor = await api.client(), api.supervisor
-    policy = RestartPolicy("always", backoff=0.01, backoff_max=0.01, max_restarts=3)
+    policy = RestartPolicy("always", backoff=0.01, backoff_max=0.01, max_restarts=1)
     sandbox = await supervisor.start(spec("sleep 600", restart=policy))
     uid = sandbox.user.linux_uid
     await client.put(TIER, json={"blocked": True})
     await sandbox._holdings.on_cgroup(lambda cgroup: cgroup.kill())
-    await eventually(lambda: sandbox.state == "crash-looping")
+    await eventually(lambda: sandbox.state == "backing-off" and isinstance(sandbox.course.failure, BlockedError))
     assert processes_of(uid) == {}
     await client.put(TIER, json={})
-    assert (await client.post(BOX + "/restart")).json()["state"] == "running"
+    await eventually(lambda: sandbox.state == "running")
     assert (await soon(sandbox.stop(0))).reason == "stopped"
 
 
