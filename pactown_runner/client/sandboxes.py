@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from cgroups import Limits, Stats
 
 from ..errors import NotFoundError, SpecError, StateError
-from ..models import Outcome, State
+from ..models import Event, Outcome, State
 from ..specs import SandboxSpec, check_user_id
 from .answers import ExecResult, SandboxView, Transferred, spec_body, stats_of
 from .calls import Calls
@@ -60,8 +61,8 @@ class SandboxCalls(Calls):
         async with self.events(user_id=spec.user_id) as events:
             view = await self._start(spec)
             while not view.ready:
-                await self._until_told_of(view, events)
-                view = await self._not_ended(view)
+                event = await self._until_told_of(view, events)
+                view = await self._not_ended(view, event)
             return view
 
     async def run(self, spec: SandboxSpec) -> Outcome:
@@ -208,20 +209,21 @@ class SandboxCalls(Calls):
         options["read"] = None
         return await self._ask(SandboxView.of, method, sandbox_path(user_id, service_id, what), **options)
 
-    async def _until_told_of(self, view: SandboxView, events: EventStream) -> None:
+    async def _until_told_of(self, view: SandboxView, events: EventStream) -> Event | None:
         async for event in events:
             # Also one that was missed may have been about it.
-            if event.kind == "missed" or event.service_id == view.service_id:
-                return
+            if event.kind == "missed" or (event.kind in _TELLING and _is_about(event, view)):
+                return event
+        return None
 
-    async def _not_ended(self, view: SandboxView) -> SandboxView:
+    async def _not_ended(self, view: SandboxView, event: Event | None) -> SandboxView:
         try:
             view = await self.get_sandbox(view.user_id, view.service_id)
         except NotFoundError:
-            raise StateError(f"{view.service_id} has ended before it was ready", remedy="see its log") from None
+            how = None if event is None else event.details.get("message")
+            raise _not_ready(view, "has ended before it was ready", how) from None
         if view.state == State.CRASH_LOOPING:
-            why = "" if view.last_outcome is None else f": {view.last_outcome.message}"
-            raise StateError(f"{view.service_id} is crash-looping{why}", remedy="see its log")
+            raise _not_ready(view, "is crash-looping", view.last_outcome.message if view.last_outcome else None)
         return view
 
     # Streams ----------------------------------------------------------------------------------------------------
@@ -301,6 +303,24 @@ def _exec_body(
         "timeout": timeout,
     }
     return {**body, "stdin_b64": base64.b64encode(stdin).decode()} if stdin else body
+
+
+_TELLING = frozenset({"ready", "crash-looping", "stopped"})
+"""Kinds of events that a start which waits until it is ready may have waited for. Others do not say how it ended."""
+
+
+def _is_about(event: Event, view: SandboxView) -> bool:
+    """Whether it is about this one, and not about another of its name, which had to go for it to start."""
+    is_later = event.run_id == view.run_id or event.ts >= view.started_at
+    return event.service_id == view.service_id and is_later
+
+
+def _not_ready(view: SandboxView, what: str, how: str | None) -> StateError:
+    remedy = "see its log"
+    # Ids may hold what is not to be pasted into a terminal.
+    if view.user_id.isprintable():
+        remedy += f": pactown-runner logs {shlex.quote(view.user_id)} {view.service_id}"
+    return StateError(f"{view.service_id} {what}{f': {how}' if how else ''}", remedy=remedy)
 
 
 def _refuse_stdin(spec: SandboxSpec) -> None:

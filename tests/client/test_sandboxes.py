@@ -249,17 +249,20 @@ async def test_a_start_may_wait_until_it_is_ready(api: Api, client: Client) -> N
     assert not starting.done()
     await client.put_file(USER, "api", "go", b"")
     assert (await soon(starting)).ready
+
+
+async def test_who_waits_in_vain_is_told_how_it_ended(api: Api, client: Client) -> None:
     for service, restart, message in (
-        ("b", RestartPolicy(), "has ended before it was ready"),
-        ("c", RestartPolicy("always", backoff=0.01, max_restarts=1), "crash-looping"),
+        ("b", RestartPolicy(), "b has ended before it was ready: exited with code 4"),
+        # The one before it, which has to go, is another: how that one ended is not told.
+        ("c", RestartPolicy("always", backoff=0.01, max_restarts=1), "c is crash-looping: exited with code 4"),
+        ("c", RestartPolicy(), "c has ended before it was ready: exited with code 5"),
     ):
-        with pytest.raises(StateError, match=message):
-            await soon(
-                client.start(
-                    spec("sleep 0.1; exit 1", service=service, restart=restart, ready=Probe(command="false")),
-                    wait_ready=True,
-                )
-            )
+        code = message[-1]
+        never = spec(f"exit {code}", user="a b", service=service, restart=restart, ready=Probe(command="false"))
+        with pytest.raises(StateError, match=message) as caught:
+            await soon(client.start(never, wait_ready=True))
+        assert caught.value.remedy == f"see its log: pactown-runner logs 'a b' {service}"
 
 
 async def test_what_a_newer_server_tells_besides_is_left_out(api: Api, client: Client) -> None:
