@@ -84,14 +84,19 @@ class ClaimedError(AlreadyRunningError):
     Attributes:
         owner: the owner id of whoever answers for it; empty if it ended in this very moment.
         run_id: the run that is there; empty as well then.
+
+    Args:
+        row: what was claimed.
+        holder: what is there.
+        user: whose they are, for people.
     """
 
-    def __init__(self, row: SandboxRow, holder: SandboxRow | None) -> None:
+    def __init__(self, row: SandboxRow, holder: SandboxRow | None, user: str) -> None:
         self.owner = holder.owner if holder else ""
         self.run_id = holder.run_id if holder else ""
         where = f" (run {self.run_id}, owner {self.owner})" if holder else ""
         super().__init__(
-            f"service {row.service_id!r} of user {row.key} is running already{where}",
+            f"service {row.service_id!r} of user {user} is running already{where}",
             remedy="stop it first, or choose another service id",
         )
 
@@ -170,7 +175,7 @@ class SandboxTable:
             if db.execute(_RESTART, (run_id, created_at, *claim, owner)).rowcount == 1:
                 return True
             if standing_of(db, claim[0]).blocked:
-                raise BlockedError(f"cannot start {claim[1]!r} again: user {claim[0]} is blocked")
+                raise BlockedError(f"cannot start {claim[1]!r} again: user {_user(db, claim[0])} is blocked")
             check_not_held(db, claim[0])
         return False
 
@@ -213,12 +218,18 @@ class SandboxTable:
 def _insert(db: sqlite3.Connection, row: SandboxRow, statement: str = _CLAIM) -> None:
     if not _try_insert(db, row, statement):
         if standing_of(db, row.key).blocked:
-            raise BlockedError(f"cannot start {row.service_id!r}: user {row.key} is blocked")
+            raise BlockedError(f"cannot start {row.service_id!r}: user {_user(db, row.key)} is blocked")
         # Whose name is taken need not wait for the end of a hold.
         if there := db.execute(_ONE, (row.key, row.service_id)).fetchone():
-            raise ClaimedError(row, SandboxRow(*there))
+            raise ClaimedError(row, SandboxRow(*there), _user(db, row.key))
         check_not_held(db, row.key)
-        raise NotFoundError(f"cannot start {row.service_id!r}: no user with key {row.key} is ready")
+        raise NotFoundError(f"cannot start {row.service_id!r}: user {_user(db, row.key)} is not ready")
+
+
+def _user(db: sqlite3.Connection, key: str) -> str:
+    """Whose key it is, for people, who do not know keys; the key itself where it is nobody's."""
+    found = db.execute("SELECT saas_id FROM users WHERE key = ?", (key,)).fetchone()
+    return repr(found[0].decode()) if found else f"with key {key}"
 
 
 def _try_insert(db: sqlite3.Connection, row: SandboxRow, statement: str) -> bool:
@@ -229,4 +240,4 @@ def _try_insert(db: sqlite3.Connection, row: SandboxRow, statement: str) -> bool
             raise
         found = db.execute(_ONE, (row.key, row.service_id)).fetchone()
         # Another process may have released it just now; it was claimed when we asked.
-        raise ClaimedError(row, SandboxRow(*found) if found else None) from None
+        raise ClaimedError(row, SandboxRow(*found) if found else None, _user(db, row.key)) from None

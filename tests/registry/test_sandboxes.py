@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from pactown_runner.errors import AlreadyRunningError, NotFoundError, StateError
-from pactown_runner.registry import HOLD, ClaimedError, HeldError, Quota, Quotas, Registry, UserRow
+from pactown_runner.errors import AlreadyRunningError, BlockedError, NotFoundError, StateError
+from pactown_runner.registry import HOLD, ClaimedError, HeldError, Quota, Quotas, Registry, Standing, UserRow
 from tests.registry.rows import sandbox_row, service_row, user_row
 
 
@@ -18,7 +18,7 @@ def test_claim_and_release(registry: Registry, ready: UserRow) -> None:
     assert registry.sandboxes.row(ready.key, "api") == row
     assert registry.sandboxes.rows() == registry.sandboxes.rows("o1") == registry.sandboxes.rows(key=ready.key) == [row]
     assert registry.sandboxes.rows("o2") == registry.sandboxes.rows(key="bbbbbbbb") == []
-    with pytest.raises(ClaimedError, match="o1") as caught:
+    with pytest.raises(ClaimedError, match=r"'api' of user 'auth0\|1' is running already .*o1") as caught:
         registry.sandboxes.claim(sandbox_row(run_id="r2", owner="o2"))
     assert isinstance(caught.value, AlreadyRunningError)
     assert (caught.value.owner, caught.value.run_id) == ("o1", "r1")
@@ -30,16 +30,25 @@ def test_claim_and_release(registry: Registry, ready: UserRow) -> None:
 
 
 def test_claim_needs_a_ready_user(registry: Registry) -> None:
-    with pytest.raises(NotFoundError):
+    with pytest.raises(NotFoundError, match="user with key aaaaaaaa is not ready"):
         registry.sandboxes.claim(sandbox_row())
     registry.users.add(user_row())
-    with pytest.raises(NotFoundError):
+    with pytest.raises(NotFoundError, match=r"user 'auth0\|1' is not ready"):
         registry.sandboxes.claim(sandbox_row())
     ready = registry.users.mark_ready(user_row())
     registry.users.begin_removal(ready)
     with pytest.raises(NotFoundError):
         registry.sandboxes.claim(sandbox_row())
     assert registry.sandboxes.rows() == []
+
+
+def test_who_is_blocked_is_called_by_its_id(registry: Registry, ready: UserRow) -> None:
+    registry.sandboxes.claim(sandbox_row())
+    registry.standings.set(ready.key, Standing(blocked=True))
+    with pytest.raises(BlockedError, match=r"user 'auth0\|1' is blocked"):
+        registry.sandboxes.claim(sandbox_row("web"))
+    with pytest.raises(BlockedError, match=r"user 'auth0\|1' is blocked"):
+        registry.sandboxes.restart((ready.key, "api", "r1"), "o1", "r2", 1.0)
 
 
 def test_removal_waits_for_the_last_sandbox(registry: Registry, ready: UserRow) -> None:
