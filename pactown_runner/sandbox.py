@@ -241,7 +241,8 @@ class Sandbox:
     async def freeze(self) -> None:
         """Stop it from running, and return when the kernel says that it is frozen. It cannot notice.
 
-        One such change follows another; once one has begun, a cancellation is raised when it is done. While the user's home is exported all stands still; what is frozen meanwhile stays so.
+        While the user's home is exported all stands still; what is frozen meanwhile stays so. Once it has begun, a
+        cancellation is raised when it is done.
 
         Raises:
             StateError: it does not run, or did not freeze in time.
@@ -251,8 +252,10 @@ class Sandbox:
     async def thaw(self) -> None:
         """Let a frozen sandbox run again; while the user's home is exported, when that is done.
 
+        Once it has begun, a cancellation is raised when it is done.
+
         Raises:
-            StateError: it does not run.
+            StateError: it does not run, or did not go on in time.
         """
         await self._refrigerate(State.RUNNING, Holdings.thaw)
 
@@ -371,6 +374,7 @@ class Sandbox:
     # Help -------------------------------------------------------------------------------------------------------
 
     async def _refrigerate(self, to: State, action: Callable[[Holdings, Cgroup, float], None]) -> None:
+        self._must_live()
         if self._turn is None:
             self._turn = asyncio.Lock()
         async with self._turn:

@@ -607,6 +607,37 @@ async def test_a_frozen_sandbox_does_nothing_and_goes_on(supervisor: Supervisor)
         await asyncio.sleep(0.01)
 
 
+def _kernel_says(sandbox: Sandbox) -> str:
+    assert sandbox.cgroup is not None
+    return "frozen" if sandbox.cgroup.frozen() else "running"
+
+
+@each_loop
+async def test_who_is_cancelled_while_it_freezes_leaves_it_as_its_state_says(supervisor: Supervisor) -> None:
+    sandbox = await supervisor.start(spec(["sleep", "1000"]))
+    assert supervisor._host is not None
+    for act, state in ((sandbox.freeze, "frozen"), (sandbox.thaw, "running")):
+        # Whoever freezes waits for this, in a thread.
+        with supervisor._host.registry.holds.changing():
+            task = asyncio.create_task(act())
+            for _ in range(20):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await soon(task)
+        assert (str(sandbox.state), _kernel_says(sandbox)) == (state, state)
+
+
+@each_loop
+async def test_of_many_who_freeze_and_thaw_it_the_last_has_its_way(supervisor: Supervisor) -> None:
+    sandbox = await supervisor.start(spec(["sleep", "1000"]))
+    for state in ("frozen", "running") * 10:
+        acts = [sandbox.thaw, sandbox.freeze] * 2 if state == "frozen" else [sandbox.freeze, sandbox.thaw] * 2
+        await soon(asyncio.gather(*(act() for act in acts)))
+        assert (str(sandbox.state), _kernel_says(sandbox)) == (state, state)
+
+
 @each_loop
 async def test_what_has_ended_refuses_all_but_questions(supervisor: Supervisor) -> None:
     sandbox = await supervisor.start(spec("echo x"))
