@@ -142,6 +142,7 @@ async def test_who_is_blocked_does_not_go_on_making_it(runner: Supervisor, index
     policy = RestartPolicy("always")
     starting = [asyncio.create_task(runner.start(wanting(SERVES, service=name, restart=policy))) for name in ("a", "b")]
     assert await asyncio.to_thread(index.asked.wait, 60)
+    await eventually(lambda: len([box for box in runner.list() if box.course.attempt.held]) == 2)
     await soon(runner.users.set_standing(USER, Standing(None, blocked=True)))
     for task in starting:
         with pytest.raises(StartError, match="stopped while"):
