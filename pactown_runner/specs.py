@@ -261,6 +261,9 @@ class SandboxSpec:
         check_user_id(self.user_id)
         check_service_id(self.service_id)
         check_command(self.command)
+        if not isinstance(self.env, Mapping):
+            # Not by its value: it may hold secrets.
+            raise SpecError(f"env must be a mapping, not a {type(self.env).__name__}")
         for name, value in self.env.items():
             _check_text("environment name", name)
             if not _ENV_NAME.fullmatch(name):
@@ -268,6 +271,8 @@ class SandboxSpec:
             _refuse_nul(f"environment variable {name}", value)
         if self.cwd is not None:
             _refuse_nul("cwd", str(self.cwd))
+        if not isinstance(self.limits, Limits | None):
+            raise SpecError(f"limits must be Limits, not {self.limits!r}", remedy="write Limits(memory_max=...)")
         for name in ("timeout", "stop_grace"):
             _check_seconds(name, getattr(self, name))
         if not isinstance(self.restart, RestartPolicy):

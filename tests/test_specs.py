@@ -80,11 +80,16 @@ def test_what_is_no_spec(changed: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"restart": "always"}, {"restart": None}, {"ready": 8001}, {"alive": {"port": 8001}}],
+    [
+        *({"restart": "always"}, {"restart": None}, {"ready": 8001}, {"alive": {"port": 8001}}),
+        *({"limits": {"memory_max": "1M"}}, {"limits": "1M"}, {"env": None}, {"env": [("A", "b")]}),
+    ],
     ids=repr,
 )
 def test_what_is_of_another_type(changed: dict[str, Any]) -> None:
-    with pytest.raises(SpecError, match=f"{next(iter(changed))} must be a (RestartPolicy|Probe), not "):
+    with pytest.raises(
+        SpecError, match=f"{next(iter(changed))} must be (Limits|a (RestartPolicy|Probe|mapping)), not "
+    ):
         spec(**changed)
 
 
