@@ -72,7 +72,7 @@ async def start_others(supervisor: Supervisor, until: float) -> tuple[list[float
 def taken(directory: Path) -> int:
     """What a tenant's logs and spools take now."""
     sizes = {}
-    for path in (*directory.glob("*.jsonl*"), *directory.glob(".spool/*")):
+    for path in (*directory.glob("*.jsonl"), *directory.glob(".aside/*"), *directory.glob(".spool/*")):
         with contextlib.suppress(FileNotFoundError):
             found = path.stat()
             # One that is just being put aside has two names.
@@ -93,7 +93,7 @@ async def watch(log_dir: Path, until: float) -> tuple[int, list[int]]:
 
 def records(directory: Path) -> Iterator[dict[str, Any]]:
     """The last flood's records that are still there, oldest first."""
-    aside = sorted(directory.glob("flood.jsonl.*"), key=lambda path: int(path.suffix[1:]))
+    aside = sorted(directory.glob(".aside/flood.jsonl.*"), key=lambda path: int(path.suffix[1:]))
     for path in (*aside, directory / "flood.jsonl"):
         with path.open("rb") as file:
             yield from map(json.loads, file)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import LogError
 from .files import drop_contents
-from .paths import LOG_ENDING, LogPaths
+from .paths import LOG_ENDING, LogPaths, put_aside
 
 if TYPE_CHECKING:
     from .journal import Journal
@@ -50,7 +50,9 @@ def hold_cap(paths: LogPaths, limit: int, own: Mapping[str, Journal]) -> None:
     """
     try:
         files = list(_files(paths))
-        excess = sum(file.size for file in files) + _spooled(paths) - limit
+        # Of spools, what is in the logs already has been given back.
+        spooled = sum(state.st_blocks * 512 for _, state in _states(paths.spool_dir))
+        excess = sum(file.size for file in files) + spooled - limit
     except OSError as error:
         _log.error("cannot see how much the logs in %s take: %s", paths.tenant_dir, error)
         return
@@ -60,7 +62,7 @@ def hold_cap(paths: LogPaths, limit: int, own: Mapping[str, Journal]) -> None:
             return
         path = paths.log(file.service_id)
         if file.number != _NEWEST:
-            excess -= _tried(path, partial(_unlink, f"{path}.{file.number}", file.size))
+            excess -= _tried(path, partial(_unlink, f"{put_aside(path)}.{file.number}", file.size))
         elif path not in own:
             excess -= _tried(path, partial(drop_contents, paths, file.service_id))
         else:
@@ -74,31 +76,24 @@ def hold_cap(paths: LogPaths, limit: int, own: Mapping[str, Journal]) -> None:
 
 def _files(paths: LogPaths) -> Iterator[_File]:
     found: dict[int, _File] = {}
-    with os.scandir(paths.tenant_dir) as entries:
-        for entry in entries:
-            service_id, ending, number = entry.name.rpartition(LOG_ENDING)
+    # In this order: what is put aside meanwhile is seen once or twice. One file of two names is the newest one still.
+    for directory in (paths.tenant_dir, paths.aside_dir):
+        for name, state in _states(directory):
+            service_id, ending, number = name.rpartition(LOG_ENDING)
             aside = number.removeprefix(".")
             if not ending or not (number == "" or (number[0] == "." and aside.isascii() and aside.isdecimal())):
                 continue
-            try:
-                state = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue
             file = _File(state.st_mtime_ns, int(aside or _NEWEST), service_id, state.st_size, state.st_ino)
-            # One file of two names is being put aside now: it is the newest one still.
-            if file.inode not in found or file.number == _NEWEST:
-                found[file.inode] = file
+            found.setdefault(file.inode, file)
     yield from found.values()
 
 
-def _spooled(paths: LogPaths) -> int:
-    """The room that spools take; what is in the logs already has been given back."""
-    total = 0
-    with suppress(FileNotFoundError), os.scandir(paths.spool_dir) as entries:
+def _states(directory: str) -> Iterator[tuple[str, os.stat_result]]:
+    """The names in a directory that may be missing, and what is there."""
+    with suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
-                total += entry.stat(follow_symlinks=False).st_blocks * 512
-    return total
+                yield entry.name, entry.stat(follow_symlinks=False)
 
 
 def _unlink(path: str, size: int) -> int:

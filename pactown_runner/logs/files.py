@@ -1,6 +1,6 @@
 """The files of one service's log: the newest, which bears the log's name, and those that were put aside.
 
-    api.jsonl.1 < api.jsonl.2 < ... < api.jsonl
+    .aside/api.jsonl.1 < .aside/api.jsonl.2 < ... < api.jsonl
 
 Numbers only grow, so a name means one file, also while somebody else puts one aside or drops one. The newest file is
 always there once the log has begun: the next one is made beside it, with a mark in it (`records`), and takes its place
@@ -21,7 +21,7 @@ from contextlib import suppress
 
 from .errors import LogError
 from .lines import BLOCK_BYTES, after_newline, first_line, last_line, line_at
-from .paths import LogPaths, private_directory
+from .paths import LogPaths, private_directory, put_aside
 from .records import Ends, Head, Position, parse_head, parse_position, run_mark
 
 __all__ = [
@@ -46,7 +46,7 @@ _TRIES = 50
 
 def numbers(path: str) -> list[int]:
     """The numbers of the files of a log that were put aside, oldest first."""
-    directory, name = os.path.split(path)
+    directory, name = os.path.split(put_aside(path))
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def begin_anew(path: str, mark: bytes, aside: int | None) -> int:
         The new file, open and locked for its writer.
 
     Raises:
-        OSError: it cannot be made. All is as it was.
+        OSError, LogError: it cannot be made. All is as it was.
     """
     fresh = path + ".new"
     fd = os.open(fresh, FLAGS | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -112,7 +112,9 @@ def begin_anew(path: str, mark: bytes, aside: int | None) -> int:
             rest = rest[os.write(fd, rest) :]
         _lock(fd, fcntl.LOCK_SH)
         if aside is not None:
-            _link(path, f"{path}.{aside}")
+            kept = f"{put_aside(path)}.{aside}"
+            private_directory(os.path.dirname(kept))
+            _link(path, kept)
         os.rename(fresh, path)
     except BaseException:
         give_up(fd)
@@ -238,5 +240,5 @@ def ends_of(fd: int, head: Head, run_id: str) -> Ends | None:
 
 def number_of(path: str, fd: int, head: Head) -> int:
     """The number under which a log's newest file will be put aside."""
-    others = (number for number in numbers(path) if not same_file(f"{path}.{number}", fd))
+    others = (number for number in numbers(path) if not same_file(f"{put_aside(path)}.{number}", fd))
     return max(head.number, max(others, default=0) + 1)

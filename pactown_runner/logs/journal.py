@@ -18,6 +18,7 @@ from .files import (
     successor_mark,
 )
 from .lines import after_newline
+from .paths import put_aside
 from .records import Ends, Head, Position
 from .tenant import TenantLogs
 
@@ -82,7 +83,7 @@ class Journal:
         aside = numbers(self.path)
         if not aside:
             return Position()
-        previous = f"{self.path}.{aside[-1]}"
+        previous = f"{put_aside(self.path)}.{aside[-1]}"
         fd = os.open(previous, FLAGS)
         try:
             last = _recover(fd, previous)
@@ -138,7 +139,7 @@ class Journal:
         # First, for a disk may be full. Those that are kept are one less with the one that comes.
         for other in aside[: max(0, len(aside) + 1 - keep)]:
             with suppress(FileNotFoundError):
-                os.unlink(f"{self.path}.{other}")
+                os.unlink(f"{put_aside(self.path)}.{other}")
         self._replace(mark, aside=number if keep else None)
         self._due = False
 

@@ -11,11 +11,12 @@ from ..models import Stream
 from ..passage import exposed
 from .errors import LogError
 
-__all__ = ["LOG_ENDING", "STREAMS", "LogPaths", "fifo_runs", "private_directory"]
+__all__ = ["LOG_ENDING", "STREAMS", "LogPaths", "fifo_runs", "private_directory", "put_aside"]
 
 STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
 _ENDINGS = ("out", "err")
 LOG_ENDING = ".jsonl"
+_ASIDE = ".aside"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,11 @@ class LogPaths:
     def tenant_dir(self) -> str:
         """The directory of the tenant's logs."""
         return f"{self.log_dir}/pactown_{self.key}"
+
+    @property
+    def aside_dir(self) -> str:
+        """The files that were put aside, of all the tenant's logs."""
+        return f"{self.log_dir}/pactown_{self.key}/{_ASIDE}"
 
     @property
     def spool_dir(self) -> str:
@@ -106,6 +112,16 @@ def fifo_runs(run_dir: Path) -> set[str]:
     except FileNotFoundError:
         return set()
     return {parts[1] for name in names if len(parts := name.rsplit(".", 2)) == 3}
+
+
+def put_aside(path: str) -> str:
+    """What the paths of a log's files that were put aside begin with; a dot and a number follow.
+
+    Those of all the tenant's logs have one directory: to look for one's takes as long as there are many of them, and
+    no longer where the tenant has had many services.
+    """
+    directory, name = os.path.split(path)
+    return f"{directory}/{_ASIDE}/{name}"
 
 
 def private_directory(path: str) -> None:

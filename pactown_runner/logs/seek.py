@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from .errors import LogError
 from .files import head_of, number_of, numbers, same_file
 from .lines import BLOCK_BYTES, line_after, line_at
+from .paths import put_aside
 from .records import Head, loader
 
 __all__ = ["Place", "Wanted", "find"]
@@ -96,7 +97,7 @@ def _open(path: str, behind: int, stack: ExitStack) -> list[_File]:
     newest = _opened(path, stack)
     files = []
     for number in numbers(path):
-        aside = f"{path}.{number}"
+        aside = f"{put_aside(path)}.{number}"
         if number <= behind or (newest is not None and same_file(aside, newest.fileno())):
             continue
         file = _opened(aside, stack)

@@ -111,7 +111,8 @@ def test_since_what_is_no_point_in_time(cli: Cli, since: str) -> None:
 
 def test_numbers_go_on_over_files_and_tell_what_is_missing(cli: Cli, write_log: WriteLog) -> None:
     log = write_log((1.0, b"a"), (2.0, b"b"), first=5)
-    log.rename(log.with_name("written.jsonl.2"))
+    (log.parent / ".aside").mkdir()
+    log.rename(log.parent / ".aside" / "written.jsonl.2")
     log = write_log((3.0, b"c"), (4.0, b"d"), first=10)
     done = cli("logs", USER, "written")
     assert done.stdout == b"a\nb\nc\nd\n"

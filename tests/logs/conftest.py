@@ -106,13 +106,14 @@ def rated(paths: LogPaths, clock: Clock, *, drops: bool, per_second: int = PER_S
 
 
 def files(paths: LogPaths) -> dict[str, int]:
-    """The tenant's logs and how many bytes each has, by name."""
+    """The files of the tenant's logs and how many bytes each has, by name."""
     found = {}
-    with os.scandir(paths.tenant_dir) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):  # somebody is writing
-                if ".jsonl" in entry.name:
-                    found[entry.name] = entry.stat().st_size
+    for directory in (paths.tenant_dir, paths.aside_dir):
+        with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # somebody is writing
+                    if ".jsonl" in entry.name:
+                        found[entry.name] = entry.stat().st_size
     return dict(sorted(found.items()))
 
 

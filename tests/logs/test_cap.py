@@ -43,7 +43,8 @@ def total(paths: LogPaths) -> int:
 def age(paths: LogPaths, *names: str) -> None:
     """Let the files have been written to in this order."""
     for number, name in enumerate(names):
-        os.utime(f"{paths.tenant_dir}/{name}", (number + 1, number + 1))
+        directory = paths.tenant_dir if name.endswith(".jsonl") else paths.aside_dir
+        os.utime(f"{directory}/{name}", (number + 1, number + 1))
 
 
 async def kept(paths: LogPaths, service_id: str) -> list[int]:

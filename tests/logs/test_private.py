@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from pactown_runner.logs import LogPaths
+from pactown_runner.logs.paths import put_aside
 from tests.hostguard import Run
-from tests.logs.conftest import MakePump, Write, files, limited, records, soon, written
+from tests.logs.conftest import MakePump, Write, limited, records, soon, written
 
 pytestmark = pytest.mark.host
 
@@ -73,9 +74,8 @@ async def test_a_tenant_can_neither_list_nor_read_nor_write_its_logs(
     for count, line in enumerate((b"one\n", b"two\n"), 1):
         program.stdin.write(line)
         await soon(written(pump, lambda: pump.written == count))  # noqa: B023 - awaited at once
-    directories = [str(paths.log_dir), paths.tenant_dir, paths.spool_dir, paths.fifo_dir]
-    logs = [f"{paths.tenant_dir}/{name}" for name in files(paths)]
-    assert len(logs) == 2
+    directories = [str(paths.log_dir), paths.tenant_dir, paths.aside_dir, paths.spool_dir, paths.fifo_dir]
+    logs = [paths.log("api"), put_aside(paths.log("api")) + ".1"]
     names = [*logs, *paths.spools("api", "r1"), *paths.fifos("api", "r1")]
     assert all(os.path.exists(name) for name in names)
     # What is not refused is what any directory of the host allows.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pactown_runner.logs import LogError, LogFeed, LogPaths, read_log
+from pactown_runner.logs.paths import put_aside
 from pactown_runner.logs.records import record_logger
 from tests.logs.conftest import USER, MakePump, Write, gather, records, soon, written
 
@@ -47,7 +48,8 @@ async def test_since_and_tail(log: Path, paths: LogPaths, width: int) -> None:
 
 
 async def test_since_and_tail_over_two_files(log: Path, paths: LogPaths) -> None:
-    log.with_name("api.jsonl.1").write_bytes(lines(1001, 4000))
+    os.mkdir(paths.aside_dir)
+    Path(put_aside(str(log)) + ".1").write_bytes(lines(1001, 4000))
     assert [r.seq for r in await records(paths, tail=2)] == [3999, 4000]
     log.write_bytes(lines(4001, 8000))
     for number in (0, 1001, 2500, 4000, 4001, 6000, 8000):

@@ -12,7 +12,9 @@ import pytest
 
 from pactown_runner.logs import LogPaths, LogPump, read_log
 from pactown_runner.logs.journal import Journal
+from pactown_runner.logs.paths import put_aside
 from pactown_runner.logs.records import record_logger
+from pactown_runner.logs.seek import Wanted, find
 from pactown_runner.models import LogRecord
 from tests.logs.conftest import USER, MakePump, Write, files, gather, limited, records, soon, written
 
@@ -133,7 +135,7 @@ def test_a_file_begins_with_where_the_one_before_ended(paths: LogPaths) -> None:
     writing.write(lines(4, 6, run_id="r1"))
     writing.write(lines(7, 9, run_id="r1", end=24))
     writing.close()
-    begun = [Path(path).read_bytes().splitlines()[0] for path in (paths.log("api") + ".2", paths.log("api"))]
+    begun = [Path(path).read_bytes().splitlines()[0] for path in (put_aside(paths.log("api")) + ".2", paths.log("api"))]
     common = {"user": USER, "service": "api"}
     assert [json.loads(mark) for mark in begun] == [
         common | {"run": "r0", "ts": 3, "seq": 3, "spool": [24, 0], "file": 2, "left": {}},
@@ -146,7 +148,7 @@ async def test_no_number_is_given_twice_though_all_files_that_were_put_aside_are
     write_all(paths, [(1, 10), (11, 20)])
     reading = read_log(paths.log("api"), follow=True, poll=0.001)
     assert [(await anext(reading)).seq for _ in range(20)] == list(range(1, 21))
-    os.unlink(paths.log("api") + ".1")
+    os.unlink(put_aside(paths.log("api")) + ".1")
     write_all(paths, [(21, 30), (31, 40)])
     assert [(await soon(anext(reading))).seq for _ in range(20)] == list(range(21, 41))
     await reading.aclose()
@@ -240,6 +242,24 @@ async def test_cursors_survive_rotation_and_restart(make_pump: MakePump, write: 
     assert await records(paths, since_seq=seen) == []
 
 
+def test_neither_writer_nor_reader_looks_at_what_other_services_there_were(
+    paths: LogPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def listed(directory: str) -> list[str]:
+        seen.append(directory)
+        return names(directory)
+
+    names = os.listdir
+    monkeypatch.setattr(os, "listdir", listed)
+    write_all(paths, [(1, 10), (11, 20)])
+    place = find(paths.log("api"), Wanted())
+    assert place is not None
+    place.file.close()
+    assert set(seen) == {paths.aside_dir, paths.spool_dir}
+
+
 # ---- What is left half done, or taken away
 
 
@@ -247,7 +267,7 @@ async def test_a_file_of_two_names_is_one(paths: LogPaths) -> None:
     """Who is killed between the two steps of putting a log aside leaves this."""
     write_all(paths, [(1, 10), (11, 20)])
     log = paths.log("api")
-    os.link(log, log + ".2")
+    os.link(log, put_aside(log) + ".2")
     Path(log + ".new").write_bytes(b"torn")
     assert [r.seq for r in await records(paths)] == list(range(1, 21))
     assert [r.seq for r in await records(paths, tail=12)] == list(range(9, 21))
