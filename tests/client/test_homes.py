@@ -24,10 +24,15 @@ from tests.supervising import eventually, processes_of, soon, spec
 pytestmark = [pytest.mark.host]
 
 
+def under_way(api: Api) -> list[str]:
+    """What the server moves in or out just now."""
+    registry = api.supervisor._host.registry  # type: ignore[union-attr]
+    return [row.service_id for row in registry.sandboxes.rows() if row.service_id.startswith("_")]
+
+
 async def let_go(api: Api) -> None:
     """Wait until the server has noticed that its caller went away."""
-    registry = api.supervisor._host.registry  # type: ignore[union-attr]
-    await eventually(lambda: not [row for row in registry.sandboxes.rows() if row.service_id.startswith("_")])
+    await eventually(lambda: not under_way(api))
 
 
 async def test_a_home_moves_from_one_user_to_another(api: Api, client: Client, tmp_path: Path) -> None:
@@ -182,6 +187,7 @@ async def test_an_import_whose_source_fails_changes_nothing(api: Api, client: Cl
 
     async def breaking() -> AsyncIterator[bytes]:
         yield archive[:100]
+        await eventually(lambda: under_way(api))
         raise FilesError("it broke")
 
     with pytest.raises(FilesError, match="it broke"):
