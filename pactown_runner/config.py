@@ -250,7 +250,8 @@ class Settings:
                 the configured directories counts: that is another state, which lies below it.
 
         Raises:
-            ConfigError: for a key that is not a setting, a value that is malformed, or a file that cannot be read.
+            ConfigError: for a key that is not a setting, a variable whose name is almost a setting's, a value that is
+                malformed, or a file that cannot be read.
         """
         environ = os.environ if environ is None else environ
         if config is None and (named := environ.get(_ENV_PREFIX + "CONFIG")):
@@ -334,11 +335,34 @@ def _from_toml(path: Path, *, must_exist: bool) -> dict[str, Any]:
 
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    ours = {name.upper() for name in _NAMES | _NO_SETTINGS}
+    for variable in environ:
+        if variable.startswith(_ENV_PREFIX) and (rest := variable.removeprefix(_ENV_PREFIX)) not in ours:
+            _refuse_misspelled(variable, rest.lower())
     return {
         name: _parse(name, environ[variable], source=variable)
         for name in sorted(_NAMES)
         if (variable := _ENV_PREFIX + name.upper()) in environ
     }
+
+
+_NO_SETTINGS = frozenset({"config", "server", "token"})
+"""Variables of ours all the same: the first says where the file is, the others are for those who call a server."""
+
+
+def _refuse_misspelled(variable: str, name: str) -> None:
+    """Raise `ConfigError` if this looks like a setting's; else it is another program's, and not ours to judge."""
+    # As a rule nobody needs it, nor is to wait for it.
+    import difflib  # noqa: PLC0415
+
+    if close := difflib.get_close_matches(name, _NAMES, n=1, cutoff=_CLOSE):
+        raise ConfigError(
+            f"{variable} is no setting", remedy=f"{_ENV_PREFIX}{close[0].upper()} is one; rename it, or unset it"
+        )
+
+
+_CLOSE = 0.85
+"""From 0 to 1. Closer is a name that lacks a letter or has one too many, and one of seven or more with one wrong."""
 
 
 def _parse(name: str, value: Any, *, source: str) -> Any:

@@ -196,6 +196,29 @@ def test_the_environment_is_named_when_it_is_wrong(name: str, value: str) -> Non
         Settings.load(environ={f"PACTOWN_{name}": value})
 
 
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("PACTOWN_MAX_SANDBOXS", "PACTOWN_MAX_SANDBOXES"),
+        ("PACTOWN_max_sandboxes", "PACTOWN_MAX_SANDBOXES"),
+        ("PACTOWN_USER_BASE", "PACTOWN_USERS_BASE"),
+        ("PACTOWN_DEFAULT_LIMIT", "PACTOWN_DEFAULT_LIMITS"),
+        ("PACTOWN_TIER", "PACTOWN_TIERS"),
+    ],
+)
+def test_a_variable_that_is_misspelled_is_refused(variable: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"{variable} is no setting") as caught:
+        Settings.load(environ={variable: "0"})
+    assert f"{meant} is one" in (caught.value.remedy or "")
+
+
+def test_variables_of_others_are_theirs() -> None:
+    ours = ("PACTOWN_SERVER", "PACTOWN_TOKEN", "PACTOWN_KERNEL_LANE")
+    injected = ("PACTOWN_PORT", "PACTOWN_SERVICE_HOST", "PACTOWN_PORT_8600_TCP_ADDR")  # by Kubernetes
+    names = [*ours, *injected, "PACTOWN_", "PACTOWN_RUNNER_COMPLETE"]
+    assert Settings.load(environ=dict.fromkeys(names, "x")) == Settings.load(environ={})
+
+
 def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(ConfigError, match="colour") as caught:
         Settings.load(environ={}, colour="red")
