@@ -375,7 +375,8 @@ def _parse(name: str, value: Any, *, source: str) -> Any:
         # It says enough by itself, and the value may hold what is not to be shown.
         raise ConfigError(f"{source}: {error.message}", remedy=error.remedy) from error
     except (FormatError, TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: {name} cannot be {value!r}: {error}") from error
+        remedy = f"write {_FORMS[name]}" if name in _FORMS and isinstance(value, str) else None
+        raise ConfigError(f"{source}: {name} cannot be {value!r}: {error}", remedy=remedy) from error
 
 
 def _whole(value: Any) -> int:
@@ -401,12 +402,23 @@ def _parse_names(value: Any) -> tuple[str, ...]:
 
 
 def _table(value: Any) -> Any:
-    """A table of TOML, or what is within the braces of one in the text of an environment variable."""
-    return tomllib.loads(f"x = {{{value}}}")["x"] if isinstance(value, str) else value
+    """A table of TOML; in the text of an environment variable an inline one, with or without its braces."""
+    if not isinstance(value, str):
+        return value
+    return tomllib.loads(f"x = {value}" if value.lstrip().startswith("{") else f"x = {{{value}}}")["x"]
 
 
 def _parse_limits(value: Any) -> Limits:
     return Limits(**_table(value))
+
+
+_FORMS = {
+    "uid_ranges": "60001-61183,65536-99999",
+    **dict.fromkeys(("default_limits", "tenant_limits"), 'memory_max = "64M", pids_max = 64'),
+    "tokens": 'NAME = { sha256 = "HASH", role = "read", expires = "never" }',
+    "tiers": "NAME = { max_sandboxes = 5, tenant_limits = { pids_max = 64 } }",
+}
+"""What the text of an environment variable looks like where that is not plain to see."""
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {

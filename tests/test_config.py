@@ -219,6 +219,35 @@ def test_variables_of_others_are_theirs() -> None:
     assert Settings.load(environ=dict.fromkeys(names, "x")) == Settings.load(environ={})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("uid_ranges", text) for text in ("[[70100,70999]]", "70100:70999", "70100")),
+        *(("default_limits", text) for text in ('{"memory_max":"64M"}', "memory_max=64M", "64M")),
+        *(("tenant_limits", text) for text in ("memory_max = 64M}", "memory = 5")),
+        *(("tiers", text) for text in ("free", '{"free": {}}')),
+        ("tokens", "read"),
+    ],
+)
+def test_what_a_variable_has_to_look_like_is_told(name: str, value: str) -> None:
+    variable = f"PACTOWN_{name.upper()}"
+    with pytest.raises(ConfigError, match=f"^{variable}: {name} cannot be ") as caught:
+        Settings.load(environ={variable: value})
+    remedy = caught.value.remedy or ""
+    assert remedy.startswith("write ")
+    # And so it is right.
+    Settings.load(environ={variable: remedy.removeprefix("write ").replace("HASH", 64 * "0")})
+
+
+def test_a_table_may_have_its_braces() -> None:
+    for text in ('memory_max = "64M", pids_max = 64', ' { memory_max = "64M", pids_max = 64 }'):
+        assert Settings.load(environ={"PACTOWN_DEFAULT_LIMITS": text}).default_limits == Limits(
+            memory_max="64M", pids_max=64
+        )
+    (tier,) = Settings.load(environ={"PACTOWN_TIERS": "{ free = { max_sandboxes = 7 } }"}).tiers[:1]
+    assert (tier.name, tier.max_sandboxes) == ("free", 7)
+
+
 def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(ConfigError, match="colour") as caught:
         Settings.load(environ={}, colour="red")
