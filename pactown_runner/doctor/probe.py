@@ -13,6 +13,7 @@ from ..config import Settings
 from ..errors import RunnerError, StartError
 from ..launcher import LaunchSpec, launch_popen, launcher_path
 from ..launcher.build import BuildError, machine_of
+from ..launcher.status import BUILD
 from ..models import IsolationReport
 from ..specs import Namespace
 from .finding import Finding, fail, ok, warn
@@ -20,7 +21,7 @@ from .host import taken_ids
 
 __all__ = ["check_launcher", "judge"]
 
-_BUILD = "install a C compiler and run: python -m pactown_runner.launcher.build"
+_BUILD = f"install a C compiler and run: {BUILD}"
 _SECCOMP = "allow {} in the container's seccomp profile"
 _KILLED_ONCE = (
     "start the runner in a new cgroup, such as by systemd-run: what is cloned from a cgroup that was killed once "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import LauncherError, StartError
 from .spec import LaunchSpec
-from .status import StatusReader
+from .status import BUILD, StatusReader
 
 __all__ = ["Call", "launcher_path", "no_launcher"]
 
@@ -28,7 +28,7 @@ def launcher_path() -> Path:
     if not os.access(_BINARY, os.X_OK):
         raise LauncherError(
             f"the launcher {_BINARY} is {'not executable' if _BINARY.exists() else 'missing'}",
-            remedy="install a C compiler and reinstall, or run `python -m pactown_runner.launcher.build`",
+            remedy=f"install a C compiler and reinstall, or run `{BUILD}`",
         )
     return _BINARY
 

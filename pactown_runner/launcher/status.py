@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from dataclasses import dataclass
 from errno import E2BIG, EACCES, EAGAIN, EBUSY, ENODEV, ENOENT, ENOEXEC, EOPNOTSUPP, EPERM
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from ..models import IsolationReport, Placement
 from ..specs import Namespace
 from .spec import NAMESPACE_FLAGS, Directory, LaunchSpec
 
-__all__ = ["STEPS", "Failure", "Launched", "StatusReader", "start_error"]
+__all__ = ["BUILD", "STEPS", "Failure", "Launched", "StatusReader", "start_error"]
 
 STEPS = (
     *(
@@ -44,6 +45,9 @@ STEPS = (
     *("close_range", "readback", "execve"),
 )
 """The launcher's steps, in order; `enum step` in `launch.c`. One more, `launcher`, stands for its sudden end."""
+
+BUILD = f"{sys.executable or 'python3'} -m pactown_runner.launcher.build"
+"""What compiles the launcher: with this very Python, as another need not have this package."""
 
 _PLACEMENTS: tuple[Placement, ...] = ("none", "born", "joined")
 _HEAD = struct.Struct("<2I")
@@ -190,7 +194,7 @@ def start_error(failure: Failure, spec: LaunchSpec) -> StartError:
         if errno == EPERM:
             message += ": no program is started as root"
         else:
-            remedy = "it may be of another version: run `python -m pactown_runner.launcher.build`"
+            remedy = f"it may be of another version: run `{BUILD}`"
     elif step in ("regain", "readback") and errno == EPERM:
         message = f"the launcher's checks failed at step {step}: the program would have kept privileges"
     else:

@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,11 @@ def test_each_failure_has_a_message(step: str, number: int) -> None:
     error = start_error(Failure(step, number), SPEC)
     assert (error.step, error.errno) == (step, number)
     assert error.message
+
+
+def test_how_to_compile_another_is_told() -> None:
+    remedy = start_error(Failure("spec", 22), SPEC).remedy
+    assert remedy == f"it may be of another version: run `{sys.executable} -m pactown_runner.launcher.build`"
 
 
 def damaged(packed: bytes, at: int, value: int) -> bytes:

@@ -243,8 +243,10 @@ def test_without_the_program_the_remedy_is_named(
 ) -> None:
     assert launcher_path().name == "launch"
     monkeypatch.setattr("pactown_runner.launcher.call._BINARY", tmp_path / "launch")
-    with pytest.raises(LauncherError, match=r"missing \(.*launcher\.build"):
+    with pytest.raises(LauncherError, match="missing") as caught:
         launch_popen(spec("true"), None)
+    # By a Python that is there and has the package, whatever `python` is here.
+    assert f"`{sys.executable} -m pactown_runner.launcher.build`" in (caught.value.remedy or "")
     (tmp_path / "launch").touch(mode=0o644)
     with pytest.raises(LauncherError, match="not executable"):
         launch_popen(spec("true"), None)
