@@ -157,6 +157,7 @@ class SupervisorUsers:
         return await here.threads.run(
             user_id,
             lambda stop: export_home(here.host, user, target, while_=while_, progress=on_progress, stop=stop),
+            lasting=True,
         )
 
     async def import_(
@@ -176,6 +177,7 @@ class SupervisorUsers:
         return await here.threads.run(
             user_id,
             lambda stop: import_home(here.host, user, archive, made_for=made_for, progress=on_progress, stop=stop),
+            lasting=True,
         )
 
     async def export_stream(self, user_id: str, output: int) -> Exported:
@@ -185,7 +187,9 @@ class SupervisorUsers:
             OSError: it cannot be written to.
         """
         here, user = self._placed(), await self._known(user_id)
-        return await here.threads.run(user_id, lambda stop: export_stream(here.host, user, output, stop=stop))
+        return await here.threads.run(
+            user_id, lambda stop: export_stream(here.host, user, output, stop=stop), lasting=True
+        )
 
     async def import_stream(self, user_id: str, source: int, *, made_for: str | None = None) -> Imported:
         """As `import_`, from a descriptor that is read to its end.
@@ -195,7 +199,9 @@ class SupervisorUsers:
         """
         here, user = self._placed(), await self.get_or_create(user_id)
         return await here.threads.run(
-            user_id, lambda stop: import_stream(here.host, user, source, made_for=made_for, stop=stop)
+            user_id,
+            lambda stop: import_stream(here.host, user, source, made_for=made_for, stop=stop),
+            lasting=True,
         )
 
     async def standing(self, user_id: str) -> Standing:

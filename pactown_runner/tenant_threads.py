@@ -21,24 +21,40 @@ T = TypeVar("T")
 AT_A_TIME = 16
 """So much of it is done at a time. The rest waits; sandboxes do not, they have threads of their own."""
 
+LASTING_AT_A_TIME = 128
+"""The same of what lasts as long as somebody else likes. Its threads wait, as a rule."""
+
 A_TENANT = 2
-"""So much of it for one tenant, whose processes may keep each thread for as long as a job's time limit."""
+"""So much of each for one tenant, whose processes may keep each thread for as long as a job's time limit."""
 
 _CANCEL_INTERVAL = 0.5
 _ENDING = "the supervisor ends"
+
+
+class _Lane:
+    """Threads, and each tenant's turns with them."""
+
+    def __init__(self, at_a_time: int, name: str) -> None:
+        self.threads = ThreadPoolExecutor(at_a_time, thread_name_prefix=name)
+        # It holds one only for as long as somebody who waits does.
+        self.turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
 
 class TenantThreads:
     """Threads for work that has to do with a tenant's files. Use it from one event loop."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="pactown-files")
-        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._brief = _Lane(AT_A_TIME, "pactown-files")
+        self._lasting = _Lane(LASTING_AT_A_TIME, "pactown-streams")
         self._stops: set[Stop] = set()
         self._closed = False
 
-    async def run(self, user_id: str, work: Callable[[Stop], T]) -> T:
+    async def run(self, user_id: str, work: Callable[[Stop], T], *, lasting: bool = False) -> T:
         """Do this when it is the tenant's turn. Cancelled, it has ended when the cancellation is seen.
+
+        Args:
+            lasting: it goes at the pace of somebody else than the tenant, or moves a whole home; what does not never
+                waits for it.
 
         Raises:
             FilesError: the supervisor ends.
@@ -46,12 +62,12 @@ class TenantThreads:
         stop = Stop()
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
-        # The dictionary holds it only for as long as somebody here does.
-        turn = self._turns.setdefault(user_id, asyncio.Semaphore(A_TENANT))
+        lane = self._lasting if lasting else self._brief
+        turn = lane.turns.setdefault(user_id, asyncio.Semaphore(A_TENANT))
         async with turn:
             if self._closed:
                 raise FilesError(f"given up: {_ENDING}")
-            future = self._threads.submit(work, stop)
+            future = lane.threads.submit(work, stop)
             self._stops.add(stop)
             future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
             try:
@@ -72,7 +88,9 @@ class TenantThreads:
     def close(self) -> None:
         """End what is under way; blocks until that has come about."""
         self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        lanes = (self._brief, self._lasting)
+        for lane in lanes:
+            lane.threads.shutdown(wait=False, cancel_futures=True)
         over = threading.Event()
 
         def hasten() -> None:
@@ -82,7 +100,8 @@ class TenantThreads:
         self._end_all()
         helper = threading.Thread(target=hasten, name="pactown-files-close")
         helper.start()
-        self._threads.shutdown(wait=True)
+        for lane in lanes:
+            lane.threads.shutdown(wait=True)
         over.set()
         helper.join()
 

@@ -25,7 +25,7 @@ from pactown_runner.launcher import Directory
 from pactown_runner.models import IsolatedUser
 from pactown_runner.supervisor import Supervisor
 from tests.files.helpers import OTHER, SERVICE, USER, job_scopes, start_as_tenant, until
-from tests.supervising import processes_of
+from tests.supervising import eventually, processes_of, soon
 
 pytestmark = pytest.mark.host
 
@@ -186,6 +186,27 @@ async def test_a_tenant_who_stops_its_transfers_keeps_no_other_waiting(
         task.cancel()
     assert {type(end) for end in await asyncio.gather(*hanging, return_exceptions=True)} == {asyncio.CancelledError}
     assert await files.read(USER, SERVICE, "x") == b"x"
+
+
+async def test_imports_that_go_slowly_keep_no_other_work_waiting(
+    settings: Settings, supervisor: Supervisor, files: SandboxFiles
+) -> None:
+    await files.put(USER, SERVICE, b"x", "x")
+    users = [f"slow-{number}" for number in range(tenant_threads.AT_A_TIME)]
+    reading, writing = os.pipe()  # for all of them: nothing ever comes
+    try:
+        slow = [asyncio.create_task(supervisor.users.import_stream(user, reading)) for user in users]
+        await eventually(lambda: len(job_scopes(settings)) == len(users))
+        assert await soon(files.read(USER, SERVICE, "x")) == b"x"
+        await soon(files.put(OTHER, SERVICE, b"x", "x"))
+        assert (await soon(supervisor.users.stats(USER))).usage.sandboxes == 1
+        await soon(supervisor.users.delete(OTHER))
+        for task in slow:
+            task.cancel()
+        assert {type(end) for end in await asyncio.gather(*slow, return_exceptions=True)} == {asyncio.CancelledError}
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 async def test_the_end_of_the_supervisor_ends_transfers(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
