@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from cgroups import CgroupError, FormatError
 
@@ -148,6 +149,9 @@ def add_handlers(app: FastAPI) -> None:
             return problem(405, "bad-method", "this path has no such method", headers={"Allow": _methods(request)})
         return problem(error.status_code, "bad-request", str(error.detail), headers=error.headers)
 
+    async def gone(_: Request, __: Exception) -> Response:
+        return problem(400, "caller-gone", "the caller went away before the body's end")
+
     async def malformed(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         # What was given is not repeated: it may be secret, or no text.
@@ -158,6 +162,7 @@ def add_handlers(app: FastAPI) -> None:
     for kind in (RunnerError, CgroupError, Exception):
         app.add_exception_handler(kind, told)
     app.add_exception_handler(HTTPException, by_http)
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(RequestValidationError, malformed)
 
 

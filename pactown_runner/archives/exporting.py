@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..descriptors import Sink
 from ..homes import OnProgress
 from ..host import Host
 from ..jobs import Stop
 from ..models import IsolatedUser
 from ..whole_file import WholeFile
 from .children import LeftOut, Said, child
-from .descriptors import Sink
 from .errors import ArchiveError
 from .holding import held
 from .ways import check_way
@@ -110,9 +110,13 @@ def export_stream(
     """
     stop = stop or Stop()
     host.users.verify(user)
-    sink = Sink(output, stop, host.settings.archive_max_bytes)
+    sink, most = Sink(output, stop), host.settings.archive_max_bytes
 
     def on_data(data: bytes) -> None:
+        if sink.written + len(data) > most:
+            raise ArchiveError(
+                f"the archive is larger than {most} bytes", remedy="raise archive_max_bytes, or tidy the home up"
+            )
         sink.write(data)
         if progress is not None:
             progress(sink.written, None)

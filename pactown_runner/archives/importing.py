@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Settings
+from ..descriptors import pieces
 from ..homes import OnProgress
 from ..host import Host
 from ..jobs import Stop
 from ..models import IsolatedUser
 from .children import LeftOut, Said, child
-from .descriptors import pieces
 from .errors import ArchiveError
 from .exporting import ARCHIVE_TIMEOUT
 from .holding import held

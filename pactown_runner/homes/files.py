@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from ..host import Host
@@ -68,6 +69,25 @@ class SandboxFiles:
             lambda stop: Put(self._host, stop, self._timeout, on_progress).put(user_id, service_id, source, target),
         )
 
+    async def put_stream(self, user_id: str, service_id: str, source: int, target: str | PurePosixPath) -> Transfer:
+        """Put a file whose content is read from a descriptor to its end; as `put` puts one, whole or not at all.
+
+        Args:
+            source: the reading end of a pipe, or a socket.
+
+        Raises:
+            SpecError: the target leads out of the directory, or names no file.
+            FilesError: it could not be written.
+            OSError: it cannot be read.
+        """
+        check_user_id(user_id)
+        check_service_id(service_id)
+        return await self._threads.run(
+            user_id,
+            lambda stop: Put(self._host, stop, self._timeout, None).put_stream(user_id, service_id, source, target),
+            lasting=True,
+        )
+
     async def get(
         self,
         user_id: str,
@@ -117,4 +137,29 @@ class SandboxFiles:
         where = Inside.of(service_id, path)
         return await self._threads.run(
             user_id, lambda stop: Get(self._host, stop, self._timeout).read(user_id, where, max_bytes)
+        )
+
+    async def read_stream(
+        self,
+        user_id: str,
+        service_id: str,
+        path: str | PurePosixPath,
+        output: int,
+        *,
+        on_size: Callable[[int], object],
+        max_bytes: int = MAX_READ_BYTES,
+    ) -> None:
+        """As `read`, into a descriptor: a pipe or a socket. What was written is all of it only if this returns.
+
+        Args:
+            on_size: is told how many bytes it will be before the first of them is written, from a thread.
+
+        Raises:
+            OSError: it cannot be written to.
+        """
+        where = Inside.of(service_id, path)
+        await self._threads.run(
+            user_id,
+            lambda stop: Get(self._host, stop, self._timeout).read_stream(user_id, where, max_bytes, output, on_size),
+            lasting=True,
         )

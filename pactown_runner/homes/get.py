@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from ..descriptors import Sink
 from ..errors import FilesError, NotFoundError
 from ..host import Host
 from ..jobs import Job, Stop, job
@@ -20,6 +21,8 @@ from .unpacking import CONTENT, Bounds, Extracted, StreamEndError, entries, extr
 __all__ = ["Get"]
 
 T = TypeVar("T")
+
+_PIECE_BYTES = 1 << 18
 
 _PACK = (
     "--create",
@@ -62,20 +65,44 @@ class Get:
 
     def read(self, user_id: str, where: Inside, max_bytes: int) -> bytes:
         """Get the content of a file."""
+        content: list[bytes] = []
+        self._pass_on(user_id, where, max_bytes, lambda _: None, content.append)
+        return b"".join(content)
+
+    def read_stream(
+        self, user_id: str, where: Inside, max_bytes: int, output: int, on_size: Callable[[int], object]
+    ) -> None:
+        """Write the content of a file into a descriptor, and tell its size before."""
+        self._pass_on(user_id, where, max_bytes, on_size, Sink(output, self._stop).write)
+
+    def _pass_on(
+        self,
+        user_id: str,
+        where: Inside,
+        max_bytes: int,
+        on_size: Callable[[int], object],
+        write: Callable[[bytes], object],
+    ) -> None:
+        """Hand on the content of a file, and its last piece only when all has gone well."""
 
         def receive(child: Job) -> bytes:
-            content: bytes | None = None
+            last: bytes | None = None
             for entry in entries(child.output, where.name or ".", Bounds(max_bytes, 1)):
                 if entry.path or entry.folder or entry.skipped:
                     raise FilesError("it is no file")
-                content = child.output.read(entry.size)
-                if len(content) < entry.size:
-                    raise StreamEndError("the stream ended in the middle")
-            if content is None:
+                on_size(entry.size)
+                last, left = b"", entry.size
+                while left:
+                    write(last)
+                    last = child.output.read(min(left, _PIECE_BYTES))
+                    if not last:
+                        raise StreamEndError("the stream ended in the middle")
+                    left -= len(last)
+            if last is None:
                 raise StreamEndError("nothing came")
-            return content
+            return last
 
-        return self._take(user_id, where, receive)[0]
+        write(self._take(user_id, where, receive)[0])
 
     def _take(self, user_id: str, where: Inside, receive: Callable[[Job], T]) -> tuple[T, str]:
         """Start `tar`, hand its output to `receive`, and see it end well; returns the result, and what it remarked."""

@@ -1,4 +1,4 @@
-"""Files into a sandbox: this process packs, a `tar` with the tenant's uid writes."""
+"""Files into a sandbox: this process packs or passes on, a `tar` or `cat` with the tenant's uid writes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+from ..descriptors import pieces
 from ..errors import FilesError, RunnerError, SpecError
 from ..host import Host
 from ..jobs import Stop, job
@@ -29,6 +30,8 @@ status=$?
 exit $status"""
 """Whoever opens a file while it is put reads the old or the new one, never a part: rename(2) is atomic."""
 
+_TAKE = 'exec /bin/cat >"$1"'
+
 
 class Put:
     """One transfer into a sandbox."""
@@ -42,8 +45,7 @@ class Put:
     def put(self, user_id: str, service_id: str, source: Path | bytes, target: str | PurePosixPath | None) -> Transfer:
         parts = parts_of(target or ".")
         if isinstance(source, bytes):
-            if not parts or str(target).endswith("/"):
-                raise SpecError("content needs the name of a file to go to", remedy="give a target")
+            _check_named(target, parts)
             found = Survey(False, 1, len(source))
         else:
             found = survey(source)
@@ -56,6 +58,29 @@ class Put:
             return self._put_folder(user, service_id, source, found, parts)
         return self._put_file(user, Inside.of(service_id, PurePosixPath(*parts)), source, found)
 
+    def put_stream(self, user_id: str, service_id: str, source: int, target: str | PurePosixPath) -> Transfer:
+        parts = parts_of(target)
+        _check_named(target, parts)
+        where = Inside.of(service_id, PurePosixPath(*parts))
+        user = self._host.users.get_or_create(user_id)
+        new = _new_name()
+
+        def pass_on(write: Callable[[bytes | memoryview], None]) -> Survey:
+            size = 0
+            for piece in pieces(source, self._stop):
+                write(piece)
+                size += len(piece)
+            return Survey(False, 1, size)
+
+        try:
+            put = self._send(user, where, ("/bin/sh", "-c", _TAKE, "put", f"./{new}"), 0, pass_on)
+            # Not by the same job: it would take our own sudden end for that of the content.
+            self._send(user, where, ("/bin/mv", "-f", "-T", "--", f"./{new}", f"./{where.name}"), 0, lambda _: put)
+        except BaseException:
+            self._remove(user, where, new)
+            raise
+        return Transfer(put.files, put.bytes)
+
     def _put_folder(
         self, user: IsolatedUser, service_id: str, source: Path, found: Survey, folders: tuple[str, ...]
     ) -> Transfer:
@@ -64,7 +89,7 @@ class Put:
         return Transfer(packed.files, packed.bytes)
 
     def _put_file(self, user: IsolatedUser, where: Inside, source: Path | bytes, found: Survey) -> Transfer:
-        new = f".pactown-{secrets.token_hex(8)}"
+        new = _new_name()
         script = f"new=./{new} name=./$1\nshift\n{_REPLACE}"
 
         def write_packed(write: Callable[[bytes | memoryview], None]) -> Survey:
@@ -135,3 +160,13 @@ class Put:
             ) as child,
         ):
             child.wait()
+
+
+def _check_named(target: str | PurePosixPath | None, parts: tuple[str, ...]) -> None:
+    if not parts or str(target).endswith("/"):
+        raise SpecError("content needs the name of a file to go to", remedy="give a target")
+
+
+def _new_name() -> str:
+    """What a file is called until it is whole."""
+    return f".pactown-{secrets.token_hex(8)}"

@@ -83,4 +83,4 @@ def explained(verb: str) -> Iterator[None]:
 def how(code: int, child: Job) -> str:
     """How a job ended, and what it said."""
     ended = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    return f"tar, as the tenant, {ended}: {child.message() or 'it said nothing'}"
+    return f"the tenant's process {ended}: {child.message() or 'it said nothing'}"

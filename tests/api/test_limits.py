@@ -86,7 +86,9 @@ async def test_a_body_without_end_is_not_kept(api: Api) -> None:
                 await soon(writer.drain())
                 sent += 1 << 20
         assert sent < 100 << 20
-    assert await api.supervisor.users.get(USER) is None
+    user = await api.supervisor.users.get(USER)
+    assert user is not None
+    await eventually(lambda: not list((user.home_dir / "sandboxes/api").iterdir()))
 
 
 async def test_heads_are_as_large_as_they_may_be(api: Api) -> None:

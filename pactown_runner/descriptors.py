@@ -8,8 +8,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 
-from ..jobs import Stop
-from .errors import ArchiveError
+from .jobs import Stop
 
 __all__ = ["Sink", "pieces"]
 
@@ -19,20 +18,16 @@ _CHUNK_BYTES = 1 << 18
 
 
 class Sink:
-    """Where an archive is written to.
-
-    Args:
-        most: bytes; more is refused.
+    """Where something is written to.
 
     Attributes:
         written: bytes so far.
     """
 
-    def __init__(self, fd: int, stop: Stop, most: int) -> None:
+    def __init__(self, fd: int, stop: Stop) -> None:
         self.written = 0
         self._fd = fd
         self._stop = stop
-        self._most = most
         # Into a pipe that can be written, so much goes without waiting, pipe(7); and into a socket about as well.
         self._at_once = _CHUNK_BYTES if stat.S_ISREG(os.fstat(fd).st_mode) else select.PIPE_BUF
         self._ready = select.poll()
@@ -42,14 +37,9 @@ class Sink:
         """Write all of it.
 
         Raises:
-            ArchiveError: that would be too much.
             FilesError: it was stopped.
             OSError: it cannot be written.
         """
-        if self.written + len(data) > self._most:
-            raise ArchiveError(
-                f"the archive is larger than {self._most} bytes", remedy="raise archive_max_bytes, or tidy the home up"
-            )
         view = memoryview(data)
         while view:
             self._stop.check()
