@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import enum
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -195,6 +196,23 @@ class LogRecord:
     def data(self) -> bytes:
         """The very bytes that the program wrote, newline included. None where lines were dropped."""
         return self.raw if self.partial or self.dropped_bytes else self.raw + b"\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-serializable dictionary: `raw` becomes `line`, and `line_b64` where that is not UTF-8."""
+        values: dict[str, Any] = {
+            "ts": self.ts,
+            "seq": self.seq,
+            "stream": self.stream,
+            "line": self.line,
+            "partial": self.partial,
+            "dropped_lines": self.dropped_lines,
+            "dropped_bytes": self.dropped_bytes,
+        }
+        try:
+            self.raw.decode()
+        except UnicodeDecodeError:
+            values["line_b64"] = base64.b64encode(self.raw).decode()
+        return values
 
 
 EventKind = Literal[

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cgroups import Limits, Stats
+from pactown_runner.client.answers import record_of
 from pactown_runner.errors import RunnerError, SpecError
 from pactown_runner.models import IsolatedUser, IsolationReport, LogRecord, Outcome, State
 from pactown_runner.specs import SandboxSpec, check_service_id, check_user_id
@@ -223,6 +224,15 @@ def test_a_record_is_bytes_and_text() -> None:
     record = LogRecord(1.0, 1, "stdout", b"caf\xe9")
     assert (record.line, record.data) == ("caf\N{REPLACEMENT CHARACTER}", b"caf\xe9\n")
     assert LogRecord(1.0, 1, "stdout", b"x", partial=True).data == b"x"
+
+
+@pytest.mark.parametrize("raw", [b"caf\xc3\xa9", b"caf\xe9", b""])
+def test_a_record_as_a_dictionary(raw: bytes) -> None:
+    record = LogRecord(1.5, 7, "stderr", raw, partial=True, dropped_lines=2, dropped_bytes=3)
+    values = json.loads(json.dumps(record.to_dict()))
+    assert record_of(values) == record  # as a client has it
+    assert values["line"] == record.line
+    assert ("line_b64" in values) is (raw == b"caf\xe9")
 
 
 def test_states_are_words() -> None:

@@ -471,20 +471,7 @@ class Record(BaseModel):
     @classmethod
     def dict_of(cls, record: LogRecord) -> dict[str, Any]:
         """As it is sent. Not by way of a model: there are many."""
-        values = {
-            "ts": record.ts,
-            "seq": record.seq,
-            "stream": record.stream,
-            "line": record.line,
-            "partial": record.partial,
-            "dropped_lines": record.dropped_lines,
-            "dropped_bytes": record.dropped_bytes,
-        }
-        try:
-            record.raw.decode()
-        except UnicodeDecodeError:
-            values["line_b64"] = base64.b64encode(record.raw).decode()
-        return values
+        return record.to_dict()
 
 
 class Health(BaseModel):
