@@ -223,6 +223,7 @@ class _Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._late: asyncio.TimerHandle | None = None
+        self._untaken = 0
         sock = transport.get_extra_info("socket")
         self._unix = sock is not None and sock.family == socket.AF_UNIX
         state: dict[str, Any] = {"hang_up": transport.abort, "crowded": self._is_crowded()}
@@ -255,11 +256,15 @@ class _Protocol(H11Protocol):
         self._wait_for_head()
 
     def _wait_for_head(self) -> None:
-        """From here on the next head must come in time, unless a request is being answered."""
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if answering or self.transport.is_closing():
+        """From here on the next head must come in time, unless a request is being answered.
+
+        So must what the caller has yet to take of an answer that is complete for uvicorn, and waits in the transport's
+        buffer; that of the last one, too, when no head can follow.
+        """
+        if self.cycle is not None and not self.cycle.response_complete:
             self._dismiss()
         elif self._late is None:
+            self._untaken = self.transport.get_write_buffer_size()
             self._late = self.loop.call_later(self.seconds, self._hang_up)
 
     def _dismiss(self) -> None:
@@ -269,7 +274,11 @@ class _Protocol(H11Protocol):
 
     def _hang_up(self) -> None:
         self._late = None
-        self.transport.abort()
+        if self.transport.get_write_buffer_size() < self._untaken:
+            # Slow, but not silent.
+            self._wait_for_head()
+        else:
+            self.transport.abort()
 
 
 class _Server(uvicorn.Server):

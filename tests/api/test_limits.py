@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import socket
 import stat
 from collections.abc import AsyncIterator
@@ -17,6 +19,7 @@ import pytest
 
 from pactown_runner import Settings, Supervisor
 from pactown_runner.api import create_app, listening
+from pactown_runner.api.listening import _Protocol
 from pactown_runner.errors import ConfigError, StateError
 from tests.api.conftest import USER, Api, serving, token
 from tests.supervising import eventually, line_of, soon, spec
@@ -133,6 +136,39 @@ async def test_who_does_not_take_the_answer_is_hung_up_on(supervisor: Supervisor
         # What is under way already arrives; the end never does.
         with suppress(ConnectionError):
             assert b"event: end" not in await soon(reader.read())
+
+
+@pytest.mark.parametrize("more", ["", "Connection: close\r\n"])
+async def test_a_slow_caller_gets_all_of_a_large_answer(
+    supervisor: Supervisor, api_settings: Settings, more: str
+) -> None:
+    await supervisor.start(spec("sleep 600"))
+    body = json.dumps({"command": "head -c 1000000 /dev/zero"}).encode()
+    head = f"POST {BOX}/exec HTTP/1.1\r\nHost: localhost\r\n{more}Content-Length: {len(body)}\r\n"
+    async with serving(supervisor, replace(api_settings, api_timeout=1.0)) as api, connected(api) as (reader, writer):
+        writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        answer = await soon(reader.readuntil(b"\r\n\r\n"))
+        size = int(answer.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        assert size > 5 << 20
+        while size:
+            # It has to take longer than one may be silent.
+            await asyncio.sleep(0.2)
+            size -= len(await soon(reader.readexactly(min(size, 1 << 19))))
+
+
+async def test_who_takes_nothing_of_the_last_answer_is_hung_up_on(
+    supervisor: Supervisor, api_settings: Settings
+) -> None:
+    await supervisor.start(spec("sleep 600"))
+    body = json.dumps({"command": "head -c 1000000 /dev/zero"}).encode()
+    head = f"POST {BOX}/exec HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    async with serving(supervisor, replace(api_settings, api_timeout=0.2)) as api, connected(api) as (reader, writer):
+        writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        answer = await soon(reader.readuntil(b"\r\n\r\n"))
+        size = int(answer.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        await eventually(lambda: not [it for it in gc.get_objects() if isinstance(it, _Protocol) and it.connections])
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await soon(reader.readexactly(size))
 
 
 async def test_one_caller_too_many_is_told_and_others_are_answered(
