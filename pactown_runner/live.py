@@ -63,14 +63,14 @@ class LiveSandboxes:
             for sandbox in sandboxes:
                 sandbox.course.attempt.stop_making()
         for sandbox in sandboxes:
-            course = sandbox.course
+            course, attempt = sandbox.course, sandbox.course.attempt
             try:
-                if not course.started.is_set():
+                if not attempt.executed.is_set():
                     begin = host.tree.let_begin
                     await to_thread.run_sync(begin, user.key, sandbox.service_id, sandbox.run_id)
-                    if not still and course.claim is None:
-                        continue  # it has never run, and may not for long
-                await course.started.wait()
+                    if not still and (course.claim is None or course.started.is_set()):
+                        continue  # no dead owner left it frozen; and it may take long
+                await attempt.executed.wait()
                 await (sandbox.freeze() if still else sandbox.thaw())
             except RunnerError:
                 # One that has ended, or never began, does not run on either.

@@ -14,7 +14,7 @@ import pytest
 from pactown_runner import RunnerError, Sandbox, Settings, Supervisor
 from pactown_runner.registry import Standing
 from pactown_runner.standings import Standings
-from tests.supervising import USER, soon, spec
+from tests.supervising import USER, python, soon, spec
 
 pytestmark = [pytest.mark.host]
 
@@ -43,6 +43,31 @@ async def test_what_is_just_being_started_does_not_keep_a_block_from_holding(sup
             await soon(sandbox.stop(0))
     assert "frozen" in ends
     assert ends <= {"blocked", "frozen"}
+
+
+MAZE = """
+import os
+os.mkdir("d")
+os.symlink("d", "maze0")
+for n in range(18):
+    os.symlink("d/../" * 800 + f"maze{n}", f"maze{n + 1}")
+"""
+"""Whoever enters `maze18` is on the way for a while. The kernel follows 40 links, and may begin anew half-way."""
+
+
+async def test_what_is_just_being_started_again_stands_still_when_it_has(supervisor: Supervisor) -> None:
+    assert (await soon(supervisor.run(spec(python(MAZE))))).ok
+    sandbox = await supervisor.start(spec(["sleep", "600"], cwd="maze18"))
+    for _ in range(10):
+        before = sandbox.run_id
+        restarting = asyncio.create_task(sandbox.restart(0))
+        while sandbox.run_id == before:
+            await asyncio.sleep(0)
+        await soon(supervisor.users.set_standing(USER, Standing(None, blocked=True)))
+        assert sandbox.state == "frozen"
+        await soon(restarting)
+        await soon(supervisor.users.set_standing(USER, Standing(None, blocked=False)))
+        assert sandbox.state == "running"
 
 
 async def test_blocks_that_are_given_and_taken_back_at_once_do_not_wait_for_each_other(supervisor: Supervisor) -> None:
