@@ -215,7 +215,7 @@ def test_who_stops_what_is_started_keeps_nobody(manager: UserIsolationManager, m
         given_up: list[tuple[str, str]] = []
         while len(given_up) < 3:
             try:
-                with manager.run_as_user("user123", "true", cwd / "maze30") as process:
+                with manager.run_as_user("user123", "true", cwd / "maze18") as process:
                     process.kill()  # stopped as well, or faster than that
             except StartError as error:
                 given_up.append((error.step, error.message))
