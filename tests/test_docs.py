@@ -6,7 +6,9 @@ import ast
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
 from functools import cache
+from inspect import iscoroutinefunction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ import pytest
 from typer.main import get_command
 
 from cgroups import parse_bytes
-from pactown_runner import Settings, Supervisor, errors
+from pactown_runner import Limits, Probe, RestartPolicy, SandboxSpec, Settings, Supervisor, errors
 from pactown_runner.api import table
 from pactown_runner.cli.app import make_app
 from pactown_runner.metrics import Metrics
+from pactown_runner.supervisor_users import SupervisorUsers
 from tests.cli.conftest import COMMAND
 from tests.documents import ROOT, Session, blocks
 
@@ -98,6 +101,33 @@ def test_all_codes_of_errors_are_told_of() -> None:
         kind = getattr(errors, name)
         assert f"`{name}`" in told, name
         assert f"`{kind.code}`" in told, kind.code
+
+
+@pytest.mark.parametrize("kind", [SandboxSpec, RestartPolicy, Probe])
+def test_all_fields_are_told_of_with_their_defaults(kind: type[Any]) -> None:
+    _, found, table = (
+        (ROOT / "docs/embedding.md").read_text().partition(f"| field of `{kind.__name__}` | default | |\n")
+    )
+    assert found
+    rows = re.findall(r"^\| `(\w+)` \|(?: `(.+?)`)? \| \S", table.partition("\n\n")[0], re.MULTILINE)
+    names = {"RestartPolicy": RestartPolicy, "frozenset": frozenset}
+    told = {name: eval(default, names) if default else MISSING for name, default in rows}
+    ours = {item.name: _default(item) for item in fields(kind) if item.init}
+    assert told == ours
+
+
+def _default(item: Field[Any]) -> object:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def test_all_limits_and_all_that_can_be_done_with_tenants_are_told_of() -> None:
+    told = (ROOT / "docs/embedding.md").read_text()
+    assert [item.name for item in fields(Limits) if f"`{item.name}`" not in told] == []
+    assert [name for name in _coroutines(SupervisorUsers) if f"`{name}`" not in told] == []
+
+
+def _coroutines(kind: type[Any]) -> list[str]:
+    return [name for name, item in vars(kind).items() if iscoroutinefunction(item) and not name.startswith("_")]
 
 
 def test_defaults_are_those_of_the_settings() -> None:
