@@ -17,7 +17,7 @@ import pytest
 from typer.main import get_command
 
 from cgroups import parse_bytes
-from pactown_runner import Limits, Probe, RestartPolicy, SandboxSpec, Settings, Supervisor, errors
+from pactown_runner import Client, Limits, Probe, RestartPolicy, SandboxSpec, Settings, Supervisor, errors
 from pactown_runner.api import table
 from pactown_runner.cli.app import make_app
 from pactown_runner.metrics import Metrics
@@ -92,6 +92,13 @@ def test_all_routes_are_told_of_with_what_they_need() -> None:
         (row.method, row.path.replace(":path", ""), row.access.role + "*" * row.access.whole_host) for row in table.ROWS
     ]
     assert sorted(rows) == sorted(ours)
+
+
+def test_all_methods_of_the_client_are_told_of_with_their_routes() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `([A-Z]+ /\S*)` \| ", (ROOT / "docs/rest.md").read_text(), re.MULTILINE)
+    ours = [name for name in dir(Client) if not name.startswith("_") and callable(getattr(Client, name))]
+    assert sorted(name for name, _ in rows) == sorted({*ours} - {"aclose"})
+    assert {route for _, route in rows} <= {f"{row.method} {row.path.replace(':path', '')}" for row in table.ROWS}
 
 
 def test_all_codes_of_errors_are_told_of() -> None:
