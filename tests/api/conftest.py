@@ -21,8 +21,9 @@ from pactown_runner.tokens import Token
 from tests.supervising import soon
 
 USER = "auth0|123456"
-NOW = 1_800_000_000.0
-"""What the server's clock says, by which tokens expire."""
+NOW = 4_000_000_000.0
+"""What the server's clock says, by which tokens expire. Later than any clock of a machine that runs this: a server does
+not begin to listen to those whose tokens have all expired."""
 
 
 def token(name: str, **options: Any) -> Token:
