@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from anyio import EndOfStream
+from anyio import CancelScope, EndOfStream
 
 from ..errors import StateError
 from ..pipes import InputPipe, OutputPipe
@@ -42,7 +42,8 @@ async def given(body: AsyncIterable[bytes], work: Callable[[int], Coroutine[Any,
         return await working
     finally:
         # In this order: a body that was cut off must not look like one that has ended.
-        await _end(working)
+        with CancelScope(shield=True):
+            await _end(working)
         pipe.close()
 
 
@@ -59,8 +60,10 @@ async def taken(work: Callable[[int], Coroutine[Any, Any, Any]]) -> AsyncGenerat
                 yield await pipe.receive(PIECE_BYTES)
         await working
     finally:
-        await pipe.aclose()
-        await _end(working)
+        # Whoever hangs up cancels all that waits, over and over (anyio).
+        with CancelScope(shield=True):
+            await pipe.aclose()
+            await _end(working)
 
 
 def _pipe() -> tuple[int, int]:
@@ -75,3 +78,6 @@ async def _end(work: asyncio.Future[Any]) -> None:
     """Let it end, done or not."""
     work.cancel()
     await asyncio.wait([work])
+    if not work.cancelled():
+        # Seen: where nobody reads any more, that it cannot write is no news.
+        work.exception()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import hashlib
 import io
@@ -114,6 +115,19 @@ async def test_a_caller_that_goes_away_changes_nothing_and_leaves_nothing(
         digest = hashlib.sha256(await supervisor.files.read(USER, "api", "data.bin")).hexdigest()
         again = await exported(await api.client())
         assert hashlib.sha256(content_of(again, "data.bin")).hexdigest() == digest
+
+
+async def test_a_caller_that_hangs_up_on_an_export_leaves_no_error_unseen(api: Api) -> None:
+    unseen: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+    await api.supervisor.files.put(USER, "api", os.urandom(8 << 20), "data.bin")
+    before = len(asyncio.all_tasks())
+    client = await api.client()
+    async with client.stream("POST", path(USER, "export")) as answer:
+        await anext(answer.aiter_bytes(1000))
+    await eventually(lambda: len(asyncio.all_tasks()) <= before)
+    gc.collect()
+    assert unseen == []
 
 
 async def test_an_export_that_fails_on_the_way_is_cut_off_and_does_not_look_whole(api: Api) -> None:
