@@ -18,7 +18,7 @@ from pactown_runner import Settings, Supervisor
 from pactown_runner.api import create_app, listening
 from pactown_runner.api.problems import MEDIA_TYPE
 from tests.api.conftest import NOW, USER
-from tests.api.test_serving import BOX, COUNT, Process
+from tests.api.test_serving import BOX, BUSY, COUNT, Process
 from tests.api.test_streams import Events
 from tests.supervising import eventually, leftovers, line_of, soon, spec
 
@@ -144,7 +144,7 @@ def is_busy(heard: Heard, before: Counter[str]) -> bool:
     return heard.listening == {LOGS, EVENTS} and since["look"] > 50 and all(since[name] for name in WORK)
 
 
-@pytest.mark.deadline(240)
+@pytest.mark.deadline(360)
 async def test_callers_of_a_server_that_is_restarted_get_clean_errors(settings: Settings) -> None:
     process, heard = Process(settings), Heard()
     pids = set()
@@ -156,7 +156,7 @@ async def test_callers_of_a_server_that_is_restarted_get_clean_errors(settings: 
                     body = {"user_id": USER, "service_id": "api", "command": COUNT}
                     (await client.post("/runner/sandboxes", json=body)).raise_for_status()
                     work = [asyncio.create_task(keep_on(process, heard, what)) for what in LOAD]
-                await eventually(partial(is_busy, heard, heard.well()))
+                await eventually(partial(is_busy, heard, heard.well()), BUSY)
                 pids.add((await client.get(BOX)).raise_for_status().json()["pid"])
             # What was said before the end may be read behind it.
             await eventually(lambda: not heard.listening)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -23,6 +24,8 @@ from tests.supervising import ROOT, eventually, leftovers, soon
 pytestmark = [pytest.mark.host]
 
 BOX = f"/runner/sandboxes/{quote(USER, safe='')}/api"
+BUSY = 90.0
+"""Seconds in which callers get on, on a machine that has much else to do."""
 COUNT = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.005; done"
 
 
@@ -108,7 +111,11 @@ def _note(event: Event, numbers: list[int], reasons: list[str]) -> None:
         numbers.append(event.id)
 
 
-@pytest.mark.deadline(180)
+def is_ahead(seen: list[int], numbers: list[int], before: int, read: int) -> bool:
+    return len(seen) > before + 60 and len(numbers) > read + 20
+
+
+@pytest.mark.deadline(360)
 async def test_it_is_restarted_under_load_and_sandboxes_go_on(settings: Settings) -> None:
     process = Process(settings)
     seen: list[int] = []
@@ -123,14 +130,14 @@ async def test_it_is_restarted_under_load_and_sandboxes_go_on(settings: Settings
             first = answer.raise_for_status().json()
             work = [asyncio.create_task(load(process, number, seen)) for number in range(3)]
             work.append(asyncio.create_task(follow(process, numbers, reasons)))
-            await eventually(lambda: len(seen) > 60 and len(numbers) > 20)
+            await eventually(partial(is_ahead, seen, numbers, 0, 0), BUSY)
         await eventually(lambda: reasons)  # what was said before the end may be read behind it
         assert reasons[0] == "server-stopping"
         for end in (signal.SIGKILL, signal.SIGTERM):
             before, read = len(seen), len(numbers)
             async with process.running(end) as client:
                 assert (await client.get(BOX)).raise_for_status().json()["pid"] == first["pid"]
-                await eventually(lambda n=before, m=read: len(seen) > n + 60 and len(numbers) > m + 20)  # type: ignore[misc]
+                await eventually(partial(is_ahead, seen, numbers, before, read), BUSY)
     finally:
         for task in work:
             task.cancel()

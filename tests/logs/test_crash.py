@@ -77,6 +77,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 FROM_OUTSIDE, AT_EACH_CHANGE = "from outside", "at each change to a file"
 
 
+@pytest.mark.deadline(360)
 @pytest.mark.parametrize(
     ("kept", "way"),
     [(name, AT_EACH_CHANGE) for name in LIMITS] + [("all kept", FROM_OUTSIDE), ("dropped", FROM_OUTSIDE)],
