@@ -54,7 +54,8 @@ class GuardedRoute(APIRoute):
                 caller.must_reach(user_id)
             caller.must(self._access)
             self._check_query(scope["query_string"])
-            receive, send = self._bounded(scope, receive), self._patient(scope, send)
+            begun = asyncio.Event()
+            receive, send = self._bounded(scope, receive, begun), self._patient(scope, send, begun)
         await super().handle(scope, receive, send)
 
     def _check_query(self, query: bytes) -> None:
@@ -67,8 +68,8 @@ class GuardedRoute(APIRoute):
             detail = "; ".join(f"{place['where']}: {place['message']}" for place in places[:3])
             raise ProblemError(422, "bad-request", f"the request is malformed: {detail}", errors=places[:32])
 
-    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """A body that is refused when it is too large, or does not come."""
+    def _bounded(self, scope: Scope, receive: Receive, begun: asyncio.Event) -> Receive:
+        """A body that is refused when it is too large, or does not come; of no account once the answer has begun."""
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > self._max_body:
             raise self._too_large(endless=False)
@@ -76,19 +77,21 @@ class GuardedRoute(APIRoute):
 
         async def bounded() -> Message:
             nonlocal taken, over
-            if over:
+            if over or begun.is_set():
                 # What comes now is that the caller goes away, whenever that is.
                 return await receive()
             try:
                 async with asyncio.timeout(self._timeout):
                     message = await receive()
             except TimeoutError:
+                if begun.is_set():
+                    return await receive()
                 raise ProblemError(
                     408, "too-slow", "the request's body did not come in time", headers={"Connection": "close"}
                 ) from None
             taken += len(message.get("body", b""))
             over = not message.get("more_body", False)
-            if taken > self._max_body:
+            if taken > self._max_body and not begun.is_set():
                 raise self._too_large(endless=True)
             return message
 
@@ -102,11 +105,12 @@ class GuardedRoute(APIRoute):
             413, "too-large", f"the request's body has more than {self._max_body} bytes", headers=headers
         )
 
-    def _patient(self, scope: Scope, send: Send) -> Send:
+    def _patient(self, scope: Scope, send: Send, begun: asyncio.Event) -> Send:
         """Send to a caller who takes it, and hang up on one who does not."""
         hang_up = scope.get("state", {}).get("hang_up")
 
         async def patient(message: Message) -> None:
+            begun.set()
             try:
                 async with asyncio.timeout(self._timeout):
                     await send(message)

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -14,6 +15,7 @@ import pytest
 
 from pactown_runner import Settings, Supervisor
 from tests.api.conftest import USER, Api, serving
+from tests.api.test_limits import connected
 from tests.supervising import eventually, soon, spec
 
 pytestmark = [pytest.mark.host]
@@ -181,6 +183,28 @@ async def test_a_stream_lasts_no_longer_than_the_token_that_it_was_asked_for_wit
     for path in ("/runner/events", LOGS + "?follow=1"):
         async with stream(client, path) as events:
             assert (await events.rest())[-1] == Event("end", {"reason": "token-expired"}, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "timeout"),
+    [("Content-Length: 10\r\n\r\n", 0.1), ("Transfer-Encoding: chunked\r\n\r\n10\r\n", 30.0)],
+)
+async def test_a_body_that_nobody_asked_for_ends_no_stream(
+    supervisor: Supervisor, api_settings: Settings, caplog: pytest.LogCaptureFixture, body: str, timeout: float
+) -> None:
+    sandbox = await supervisor.start(spec("cat", stdin=True))
+    settings = replace(api_settings, api_timeout=timeout, api_body_bytes=2000)
+    async with serving(supervisor, settings, heartbeat=0.05) as api, connected(api) as (reader, writer):
+        writer.write(f"GET {LOGS}?follow=1 HTTP/1.1\r\nHost: localhost\r\n{body}".encode())
+        for _ in range(10):
+            await soon(reader.readuntil(b"\n:\n"))
+        if "chunked" in body:
+            writer.write(bytes(16) + b"\r\n" + 3 * (b"3e8\r\n" + bytes(1000) + b"\r\n"))
+            for _ in range(10):
+                await soon(reader.readuntil(b"\n:\n"))
+        sandbox.close_stdin()
+        assert b'"reason": "ended"' in await soon(reader.readuntil(b"\r\n0\r\n\r\n"))
+    assert [record for record in caplog.records if record.name == "uvicorn.error"] == []
 
 
 async def test_a_reader_that_goes_away_leaves_nothing(api: Api) -> None:
