@@ -72,11 +72,11 @@ async def start_others(supervisor: Supervisor, until: float) -> tuple[list[float
 def taken(directory: Path) -> int:
     """What a tenant's logs and spools take now."""
     sizes = {}
-    for path in (*directory.glob("*.jsonl"), *directory.glob(".aside/*"), *directory.glob(".spool/*")):
+    for path in (*directory.glob("*.jsonl"), *directory.glob(".*/*")):
         with contextlib.suppress(FileNotFoundError):
             found = path.stat()
             # One that is just being put aside has two names.
-            sizes[found.st_ino] = found.st_size if path.parent == directory else found.st_blocks * 512
+            sizes[found.st_ino] = found.st_blocks * 512
     return sum(sizes.values())
 
 

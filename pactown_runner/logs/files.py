@@ -6,9 +6,9 @@ Numbers only grow, so a name means one file, also while somebody else puts one a
 always there once the log has begun: the next one is made beside it, with a mark in it (`records`), and takes its place
 in one step. Who is killed in between leaves a file `.new`, which the next one overwrites, or one file of two names.
 
-The pump that writes to the newest file holds a shared `flock(2)` on it; who drops the contents of one that nobody
-writes to takes an exclusive one first. The lock is given back before a descriptor is closed, because a child that the
-embedding process has forked may hold a copy of it.
+The pump that writes to the newest file holds a shared `flock(2)` on it; who drops one that nobody writes to takes an
+exclusive one first. The lock is given back before a descriptor is closed, because a child that the embedding process
+has forked may hold a copy of it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from .errors import LogError
-from .lines import BLOCK_BYTES, after_newline, first_line, last_line, line_at
+from .gone import End, remember
+from .lines import BLOCK_BYTES as READ_BYTES
+from .lines import after_newline, first_line, last_line, line_at
 from .paths import LogPaths, private_directory, put_aside
 from .records import Ends, Head, Position, parse_head, parse_position, run_mark
+from .spool import BLOCK_BYTES
 
 __all__ = [
     "FLAGS",
     "begin_anew",
-    "drop_contents",
+    "drop_idle",
     "ends_of",
     "give_up",
     "head_of",
@@ -37,6 +40,7 @@ __all__ = [
     "position_of",
     "same_file",
     "successor_mark",
+    "taken",
 ]
 
 FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -141,25 +145,47 @@ def give_up(fd: int) -> None:
     os.close(fd)
 
 
-def drop_contents(paths: LogPaths, service_id: str) -> int:
-    """Drop the records of a newest file to which nobody writes; numbers go on. Returns the bytes that this freed.
+def taken(fd: int) -> int:
+    """The bytes that a file takes of the disk."""
+    return os.fstat(fd).st_blocks * 512
+
+
+def drop_idle(paths: LogPaths, service_id: str) -> int | None:
+    """Drop a newest file to which nobody writes; numbers go on.
+
+    Of a service that has a spool still, or files that were put aside, there stays a file with a mark.
+
+    Returns:
+        The bytes that this freed; None if there was nothing to drop.
 
     Raises:
-        OSError: it cannot be read, or its successor cannot be made.
+        OSError: it cannot be read, its successor cannot be made, or where it ended cannot be remembered.
         LogError: what it holds is no log.
     """
     path = paths.log(service_id)
     fd = os.open(path, FLAGS)
     try:
         if not _lock(fd, fcntl.LOCK_EX) or not same_file(path, fd):
-            return 0
-        last = position_of(fd)
-        mark, _ = successor_mark(paths, service_id, fd, last, {})
-        freed = os.fstat(fd).st_size - len(mark)
-        if freed <= 0 or not last.seq:
-            return 0
-        give_up(begin_anew(path, mark, aside=None))
-        return freed
+            return None
+        before, last = taken(fd), position_of(fd)
+        if paths.spooled(service_id) or numbers(path):
+            if not last.seq or before <= BLOCK_BYTES:
+                return None
+            mark, _ = successor_mark(paths, service_id, fd, last, {})
+            return before - _emptied(path, mark)
+        if last.seq:
+            number = number_of(path, fd, head_of(fd) or Head())
+            before -= remember(paths, service_id, End(last.seq, number + 1))
+        os.unlink(path)
+        return before
+    finally:
+        give_up(fd)
+
+
+def _emptied(path: str, mark: bytes) -> int:
+    fd = begin_anew(path, mark, aside=None)
+    try:
+        return taken(fd)
     finally:
         give_up(fd)
 
@@ -229,7 +255,7 @@ def ends_of(fd: int, head: Head, run_id: str) -> Ends | None:
     mark = run_mark(run_id)
     end = size = os.fstat(fd).st_size
     while end > 0:
-        begin = max(0, end - BLOCK_BYTES)
+        begin = max(0, end - READ_BYTES)
         found = os.pread(fd, end - begin + len(mark), begin).rfind(mark)
         if found >= 0:
             line = line_at(fd, after_newline(fd, begin + found), size)

@@ -16,10 +16,13 @@ from .files import (
     open_newest,
     position_of,
     successor_mark,
+    taken,
 )
+from .gone import recall
 from .lines import after_newline
 from .paths import put_aside
 from .records import Ends, Head, Position
+from .spool import in_blocks
 from .tenant import TenantLogs
 
 __all__ = ["Journal"]
@@ -65,6 +68,7 @@ class Journal:
         try:
             last = _recover(self._fd, self.path)
             if not last.seq:
+                self._tenant.count_file()
                 last = self._look_back()
             if last.run_id == run_id:
                 self._ends = last.ends
@@ -79,17 +83,21 @@ class Journal:
         return last.seq, self._ends
 
     def _look_back(self) -> Position:
-        """Go on after the last file that was put aside, where somebody has taken the newest one away."""
-        aside = numbers(self.path)
-        if not aside:
+        """Go on after the last file that was put aside, or where a log ended that was dropped whole."""
+        if aside := numbers(self.path):
+            # Somebody has taken the newest one away.
+            previous = f"{put_aside(self.path)}.{aside[-1]}"
+            fd = os.open(previous, FLAGS)
+            try:
+                last = _recover(fd, previous)
+                mark, _ = successor_mark(self._tenant.paths, self._service_id, fd, last, {})
+            finally:
+                os.close(fd)
+        elif ended := recall(self._tenant.paths, self._service_id):
+            last = Position(service_id=self._service_id, seq=ended.seq)
+            mark = last.mark(ended.number, {})
+        else:
             return Position()
-        previous = f"{put_aside(self.path)}.{aside[-1]}"
-        fd = os.open(previous, FLAGS)
-        try:
-            last = _recover(fd, previous)
-            mark, _ = successor_mark(self._tenant.paths, self._service_id, fd, last, {})
-        finally:
-            os.close(fd)
         self._replace(mark, aside=None)
         return last
 
@@ -100,7 +108,7 @@ class Journal:
             OSError: the disk is full or broken. The batch is kept: `flush` goes on where this write stopped.
         """
         if not self._rest:
-            self._tenant.make_room(len(batch))
+            self._tenant.make_room(in_blocks(self._size + len(batch)) - in_blocks(self._size))
             self._due = self._size >= self._tenant.limits.rotate_bytes
         self._rest += batch
         self.flush()
@@ -126,10 +134,10 @@ class Journal:
         """
         if self._rest or not (last := position_of(self._fd)).seq:
             return 0
-        before = self._size
+        before = taken(self._fd)
         mark, _ = self._mark(last)
         self._replace(mark, aside=None)
-        return before - self._size
+        return before - taken(self._fd)
 
     def _put_aside(self) -> None:
         keep = self._tenant.limits.keep
@@ -150,7 +158,7 @@ class Journal:
 
     def _replace(self, mark: bytes, aside: int | None) -> None:
         fd = begin_anew(self.path, mark, aside)
-        self._tenant.give_room(-len(mark))
+        self._tenant.count_file()
         give_up(self._fd)
         self._fd = fd
         self._size = len(mark)

@@ -49,6 +49,11 @@ class LogPaths:
         return f"{self.log_dir}/pactown_{self.key}/{_ASIDE}"
 
     @property
+    def gone_dir(self) -> str:
+        """Where logs ended that were dropped whole."""
+        return f"{self.log_dir}/pactown_{self.key}/.gone"
+
+    @property
     def spool_dir(self) -> str:
         """Raw output that is not yet, or not yet wholly, in a log."""
         return f"{self.log_dir}/pactown_{self.key}/.spool"

@@ -14,7 +14,7 @@ import os
 from .errors import LogError
 from .paths import private_directory
 
-__all__ = ["BLOCK_BYTES", "PUNCH_STEP", "Spool"]
+__all__ = ["BLOCK_BYTES", "PUNCH_STEP", "Spool", "in_blocks"]
 
 PUNCH_STEP = 1 << 20
 """Bytes, a multiple of every usual block size: a hole that ends inside a block does not free that block."""
@@ -73,7 +73,7 @@ class Spool:
     @property
     def room(self) -> int:
         """The most bytes that it takes of the disk."""
-        return -(-self.size // BLOCK_BYTES) * BLOCK_BYTES - self._punched
+        return in_blocks(self.size) - self._punched
 
     def take(self, fifo_fd: int, limit: int) -> int:
         """Move up to `limit` bytes from a FIFO to the end of the spool; 0 if none wait.
@@ -112,6 +112,11 @@ class Spool:
         self.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
+
+
+def in_blocks(size: int) -> int:
+    """The bytes of the disk that so many bytes of a file take."""
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _punch(fd: int, upto: int) -> None:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from ..config import Settings
-from .cap import hold_cap
+from .cap import hold_cap, most_files
 from .limits import LogLimits
 from .paths import LogPaths
 from .rate import Rate
+from .spool import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from .journal import Journal
@@ -49,8 +50,8 @@ class TenantLogs:
         self.note = note
         self.journals: dict[str, Journal] = {}
         self.rate = Rate(limits.rate_bytes, drops=limits.rate_policy == "drop") if limits.rate_bytes else None
-        # As much as one may write without looking: a process that lives for a short while looks once.
-        self._unseen = self._step
+        # More than one may write without looking: a process that lives for a short while looks once.
+        self._unseen = self._step + 1
 
     @property
     def _step(self) -> int:
@@ -71,6 +72,10 @@ class TenantLogs:
             self._unseen = count
             # Until the next look there will be a step more.
             hold_cap(self.paths, self.limits.cap_bytes - self._step - count, self.journals)
+
+    def count_file(self) -> None:
+        """A further file was begun: it takes a block or two at first, and one of the places for files."""
+        self._unseen += max(2 * BLOCK_BYTES, self.limits.cap_bytes // most_files(self.limits.cap_bytes))
 
     def give_room(self, count: int) -> None:
         """So many of the bytes that there was made room for were not written, or are gone again."""

@@ -3,41 +3,56 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from pactown_runner.logs import LogPaths, TenantLogs
+from pactown_runner.logs import LogFeed, LogPaths, TenantLogs, read_log
 from pactown_runner.logs.journal import Journal
 from pactown_runner.logs.records import record_logger
 from pactown_runner.logs.writer import Writer
-from tests.logs.conftest import USER, MakePump, Write, files, limited, records, soon
+from tests.logs.conftest import USER, MakePump, Write, files, limited, records, soon, written
 
 WIDTH = 900
 """Of a line; a record has about 1000 bytes."""
 
 
-def write_lines(journal: Journal, service_id: str, run_id: str, first: int, last: int) -> None:
+def write_lines(journal: Journal, service_id: str, run_id: str, first: int, last: int, *, width: int = WIDTH) -> None:
     logger = record_logger(USER, service_id, run_id)
     for seq in range(first, last + 1):
-        piece = (b"%0*d" % (WIDTH, seq), WIDTH + 1, False)
+        piece = (b"%0*d" % (width, seq), width + 1, False)
         journal.write(b"".join(logger.render([piece], ts=seq, seq=seq - 1, stream="stdout", ends=[0, 0], index=0)))
 
 
-def log(tenant: TenantLogs, service_id: str, count: int, *, run_id: str = "r1") -> None:
+def log(tenant: TenantLogs, service_id: str, count: int, *, run_id: str = "r1", width: int = WIDTH) -> None:
     """Write so many records of a service that then ends."""
     journal = Journal(tenant, service_id)
     last, _ = journal.open(run_id, resumed=False)
-    write_lines(journal, service_id, run_id, last + 1, last + count)
+    write_lines(journal, service_id, run_id, last + 1, last + count, width=width)
     journal.close()
 
 
 def total(paths: LogPaths) -> int:
-    return sum(files(paths).values())
+    """What logs, and what is remembered of them, take on the disk."""
+    return blocks(paths.tenant_dir, paths.aside_dir, paths.gone_dir)
+
+
+def blocks(*directories: str) -> int:
+    """What the files in directories take on the disk. One that is just being put aside has two names."""
+    found = {}
+    for directory in directories:
+        with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_file():
+                        found[entry.inode()] = entry.stat().st_blocks * 512
+    return sum(found.values())
 
 
 def age(paths: LogPaths, *names: str) -> None:
@@ -70,13 +85,107 @@ async def test_of_a_service_that_runs_no_more_the_numbers_are_kept(
     age(paths, "ended.jsonl", "young.jsonl")
     log(limited(paths, cap_bytes=40_000), "new", 1)
     assert (await kept(paths, "ended"), await kept(paths, "young")) == ([], list(range(1, 11)))
-    assert files(paths)["ended.jsonl"] < 300
+    assert set(files(paths)) == {"new.jsonl", "young.jsonl"}
     pump = make_pump("ended", "r2")
     pump.create()
     pump.start()
     await (await write(pump, "echo", "again")).wait()
     await soon(pump.finish())
     assert [(r.seq, r.line) for r in await records(paths, "ended", since_seq=20)] == [(51, "again")]
+
+
+async def test_small_logs_count_as_what_they_take_of_the_disk(paths: LogPaths) -> None:
+    cap = 400_000
+    tenant = limited(paths, cap_bytes=cap, rotate_bytes=cap)
+    for number in range(200):
+        log(tenant, f"run-{number}", 1, width=1)
+        assert total(paths) <= cap
+    assert cap * 0.8 < total(paths)
+    assert await kept(paths, "run-199") == [1]
+
+
+async def test_there_are_not_more_files_than_can_be_counted_at_once(paths: LogPaths) -> None:
+    cap = 64 << 20
+    for number in range(1100):
+        log(limited(paths), f"run-{number}", 1, width=1)
+    age(paths, *(f"run-{number}.jsonl" for number in range(1100)))
+    log(limited(paths, cap_bytes=cap), "new", 1)
+    assert set(files(paths)) == {"new.jsonl"} | {f"run-{number}.jsonl" for number in range(1100 - 1024, 1100)}
+    log(limited(paths), "run-0", 1, width=1)
+    assert await kept(paths, "run-0") == [2]
+
+
+@pytest.mark.parametrize("feed", [True, False])
+async def test_who_follows_a_log_that_is_dropped_whole_has_what_its_service_prints_when_it_comes_back(
+    paths: LogPaths, feed: bool
+) -> None:
+    """Also behind the file's end that it has open, and though what came back has been put aside by then."""
+    told = LogFeed() if feed else None
+    log(limited(paths), "ended", 3)
+    reading = read_log(paths.log("ended"), follow=True, feed=told, poll=0.001)
+    assert [(await soon(anext(reading))).seq for _ in range(3)] == [1, 2, 3]
+    more = asyncio.ensure_future(anext(reading))
+    for last in (3, 6, 9):
+        log(limited(paths, cap_bytes=4096), "new", 1)
+        assert "ended.jsonl" not in files(paths)
+        assert await records(paths, "ended") == []
+        assert await records(paths, "ended", since_seq=last) == []
+        log(limited(paths, rotate_bytes=1), "ended", 3)
+        if told is not None:
+            told.notify()
+        assert [(await soon(more)).seq, (await soon(anext(reading))).seq] == [last + 1, last + 2]
+        more = asyncio.ensure_future(anext(reading))
+        assert (await soon(more)).seq == last + 3
+        more = asyncio.ensure_future(anext(reading))
+        assert [r.seq for r in await records(paths, "ended", since_seq=last - 1)] == [last + 1, last + 2, last + 3]
+    more.cancel()
+    await asyncio.wait([more])
+    await reading.aclose()
+
+
+async def test_of_a_run_that_was_left_behind_nothing_is_written_twice(
+    make_pump: MakePump, write: Write, paths: LogPaths
+) -> None:
+    pump = make_pump()
+    pump.create()
+    pump.start()
+    await (await write(pump, "sh", "-c", "seq 1000; printf end")).wait()
+    await soon(written(pump, lambda: pump.written == 1000))
+    pump.detach()
+    log(limited(paths, cap_bytes=4096), "new", 1)
+    assert await kept(paths, "api") == []
+    orphan = make_pump()
+    orphan.adopt(alive=False)
+    await soon(orphan.finish())
+    assert [(r.seq, r.line) for r in await records(paths)] == [(1001, "end")]
+
+
+DROP = """if 1:
+    import sys
+    from pathlib import Path
+    from pactown_runner.logs import LogLimits, LogPaths, TenantLogs
+    from pactown_runner.logs.journal import Journal
+    from tests.logs.pump_process import arm
+    log_dir, run_dir, key, moment = sys.argv[1:]
+    paths = LogPaths(Path(log_dir), Path(run_dir), key)
+    journal = Journal(TenantLogs(paths, LogLimits(cap_bytes=4096, rotate_bytes=4096)), "new")
+    journal.open("r1", resumed=False)
+    arm(int(moment))
+    journal.write(b"")
+"""
+
+
+async def test_who_is_killed_while_a_log_is_dropped_loses_no_number(paths: LogPaths) -> None:
+    words = (str(paths.log_dir), str(paths.run_dir), paths.key)
+    codes = []
+    for moment in range(8):
+        log(limited(paths), "ended", 1)
+        found = await kept(paths, "ended")
+        assert found == list(range(found[0], moment + 2))
+        dropping = await asyncio.create_subprocess_exec(sys.executable, "-c", DROP, *words, str(moment))
+        codes.append(await soon(dropping.wait()))
+    # Before, amid and behind the write, and before and behind the removal.
+    assert codes == [-signal.SIGKILL] * 5 + [0] * 3
 
 
 async def test_a_log_that_is_written_holds_the_cap_by_itself(paths: LogPaths) -> None:
@@ -168,8 +277,7 @@ async def test_spools_count(make_pump: MakePump, write: Write, paths: LogPaths) 
 
 def allocated(paths: LogPaths) -> int:
     """What logs and spools take on the disk."""
-    spools = list(Path(paths.spool_dir).iterdir())
-    return total(paths) + sum(path.stat().st_blocks * 512 for path in spools)
+    return total(paths) + blocks(paths.spool_dir)
 
 
 @pytest.mark.parametrize("drops", [False, True])
