@@ -109,11 +109,13 @@ class Standings:
                 tree.limit_tenant(key, succeeding(had, given))
                 undo.callback(tree.limit_tenant, key, succeeding(given, had))
             self._registry.standings.set(key, standing)
+            undo.callback(self._registry.standings.set, key, before)
+            if tree is not None and before.blocked and not standing.blocked:
+                # While that fails it counts as blocked, so that the next call tries again.
+                self._let_go_on(tree, key)
             undo.pop_all()
         if tree is not None and standing.blocked:
             tree.hold_still(key, True)
-        elif tree is not None and before.blocked:
-            self._let_go_on(tree, key)
 
     def _let_go_on(self, tree: Tree, key: str) -> None:
         """Thaw what runs of a user: now, or when its home is no longer exported or imported."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cgroups import Limits
+from cgroups import Cgroup, CgroupError, Limits
 from pactown_runner import Settings
 from pactown_runner.admission import Admission
 from pactown_runner.errors import AdmissionError, BlockedError, RegistryError, SpecError
@@ -222,8 +222,14 @@ def test_what_is_limited_no_more_is_written_so(before: Limits, after: Limits) ->
     assert written(before, succeeding(before, after)) == written(after)
 
 
+def _in_vain(*_: object) -> None:
+    raise CgroupError("not done after 10 s")
+
+
 @pytest.mark.host
-def test_a_tenant_is_held_still_with_all_that_it_runs(registry: Registry, slice_name: str) -> None:
+def test_a_tenant_is_held_still_with_all_that_it_runs(
+    registry: Registry, slice_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with _tree(slice_name, registry) as tree:
         scopes = {(key, name): tree.scope(key, name, "r1") for key in (KEY, OTHER) for name in ("a", "b", "_job-1")}
         standings = Standings(Settings(cgroup_slice=slice_name), registry)
@@ -232,6 +238,14 @@ def test_a_tenant_is_held_still_with_all_that_it_runs(registry: Registry, slice_
             still = {place for place, scope in scopes.items() if scope.frozen()}
             assert still == ({(KEY, "a"), (KEY, "b")} if blocked else set())
         standings.change(tree, user_of("cccccccc"), Standing(blocked=True))
+        # One that cannot be let go on now is let go on by the next call.
+        standings.change(tree, user_of(KEY), Standing(blocked=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(Cgroup, "thaw", _in_vain)
+            with pytest.raises(CgroupError):
+                standings.change(tree, user_of(KEY), Standing())
+        standings.change(tree, user_of(KEY), Standing())
+        assert not any(scope.frozen() for scope in scopes.values())
         for scope in scopes.values():
             scope.remove()
             scope.close()
