@@ -313,7 +313,8 @@ def job(
             directories=directories,
         )
         try:
-            popen, _ = launch_popen(spec, scope.fd, _or_null(pipes.theirs_in), _or_null(pipes.theirs_out), pipes.stderr)
+            theirs = (_or_null(pipes.theirs_in), _or_null(pipes.theirs_out), pipes.stderr)
+            popen, _ = launch_popen(spec, scope.fd, *theirs, unreaped=host.unreaped)
         except RunnerError:
             # If it was stopped half-way, that is why it was not executed.
             stop.check()

@@ -16,7 +16,7 @@ from .errors import StartError, StateError
 from .exits import reap, reap_foreign
 from .holdings import Holdings
 from .host import LoopHost
-from .launcher import LaunchSpec, Started, launch_async
+from .launcher import START_TIMEOUT, LaunchSpec, Started, launch_async
 from .main_process import Main
 from .models import IsolationReport
 from .outcomes import ExitStatus
@@ -27,9 +27,6 @@ from .venv_layout import Venv
 from .waiting import readable
 
 __all__ = ["Program", "launch_in_time"]
-
-START_TIMEOUT = 30.0
-"""Seconds in which the launcher must have executed the program. It takes milliseconds."""
 
 REAP_TIMEOUT = 30.0
 """Seconds in which a process that was killed must be there to be reaped."""
