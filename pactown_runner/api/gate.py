@@ -22,7 +22,8 @@ class Gate:
     """Lets through who may call, from where they may, for a path that means one thing only.
 
     The connection is described by what `listening` puts into the scope's `state`: the `peer` at the other end of a Unix
-    socket, and whether it is one too many (`crowded`). Under another server nothing is there, and a token is needed.
+    socket, and `admit`, which says whether there is room for a caller. Under another server nothing is there, and a
+    token is needed.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, callers: Callers) -> None:
@@ -46,9 +47,6 @@ class Gate:
     def _refuse(self, scope: Scope) -> Response | None:
         """What to say instead, if anything; else the scope knows the caller and the canonical path."""
         state: Mapping[str, object] = scope.get("state", {})
-        if state.get("crowded"):
-            later = {"Retry-After": "1", "Connection": "close"}
-            return problem(503, "crowded", "too many callers are connected", headers=later)
         headers = Headers(scope=scope)
         if (foreign := self._foreign(headers)) is not None:
             return foreign
@@ -59,6 +57,10 @@ class Gate:
         if caller is None:
             challenge = {"WWW-Authenticate": "Bearer"}
             return problem(401, "unauthorised", "a bearer token is needed that is known here", headers=challenge)
+        admit = state.get("admit")
+        if callable(admit) and not admit(caller):
+            later = {"Retry-After": "1", "Connection": "close"}
+            return problem(503, "crowded", "too many callers are connected, of all or of this tenant", headers=later)
         try:
             scope["path"] = canonical(scope.get("raw_path") or b"")
             check_query(scope.get("query_string") or b"")

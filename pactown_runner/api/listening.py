@@ -12,9 +12,10 @@ import os
 import socket
 import stat
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..passage import exposed
 from ..supervisor import Supervisor
 from .access import Peer, group_id, peer_of
 from .app import Application, create_app
+from .crowd import Crowd
 
 __all__ = ["STOP_TIMEOUT", "Listening", "listening", "served"]
 
@@ -218,16 +220,19 @@ class _Protocol(H11Protocol):
     """uvicorn's protocol, told who is at the other end, that callers may be too many, and heads too slow."""
 
     seconds: float
-    most: int
+    crowds: Mapping[bool, Crowd]
+    """Of those on the socket (True), and by TCP."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._late: asyncio.TimerHandle | None = None
         self._untaken = 0
         sock = transport.get_extra_info("socket")
-        self._unix = sock is not None and sock.family == socket.AF_UNIX
-        state: dict[str, Any] = {"hang_up": transport.abort, "crowded": self._is_crowded()}
-        if self._unix:
+        unix = sock is not None and sock.family == socket.AF_UNIX
+        self._crowd = self.crowds[unix]
+        self._crowd.enter(self)
+        state: dict[str, Any] = {"hang_up": self.hang_up, "admit": partial(self._crowd.admit, self)}
+        if unix:
             try:
                 state["peer"] = peer_of(sock)
             except OSError:
@@ -236,12 +241,19 @@ class _Protocol(H11Protocol):
         self.app_state = {**self.app_state, **state}
         self._wait_for_head()
 
-    def _is_crowded(self) -> bool:
-        """Whether it is one too many. Who is refused at all has as much again, then is not even told."""
-        alike = sum(isinstance(other, _Protocol) and other._unix is self._unix for other in self.connections)
-        if alike > 2 * self.most:
-            self.transport.abort()
-        return alike > self.most
+    @property
+    def answering(self) -> bool:
+        """Whether a request is being answered."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def busy(self) -> bool:
+        """As `Crowd` means it: who does not take the answer could be so for ever."""
+        return self.answering and not self.flow.write_paused
+
+    def hang_up(self) -> None:
+        """Close the connection at once, whatever is still to be sent."""
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -249,6 +261,7 @@ class _Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._crowd.leave(self)
         self._dismiss()
 
     def on_response_complete(self) -> None:
@@ -261,31 +274,32 @@ class _Protocol(H11Protocol):
         So must what the caller has yet to take of an answer that is complete for uvicorn, and waits in the transport's
         buffer; that of the last one, too, when no head can follow.
         """
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self.answering:
             self._dismiss()
         elif self._late is None:
             self._untaken = self.transport.get_write_buffer_size()
-            self._late = self.loop.call_later(self.seconds, self._hang_up)
+            self._late = self.loop.call_later(self.seconds, self._be_late)
 
     def _dismiss(self) -> None:
         if self._late is not None:
             self._late.cancel()
             self._late = None
 
-    def _hang_up(self) -> None:
+    def _be_late(self) -> None:
         self._late = None
         if self.transport.get_write_buffer_size() < self._untaken:
             # Slow, but not silent.
             self._wait_for_head()
         else:
-            self.transport.abort()
+            self.hang_up()
 
 
 class _Server(uvicorn.Server):
     """A server that somebody else starts and stops."""
 
     def __init__(self, app: Application, settings: Settings, stop_timeout: int) -> None:
-        protocol = type("Protocol", (_Protocol,), {"seconds": settings.api_timeout, "most": settings.api_connections})
+        crowds = {unix: Crowd(settings.api_connections) for unix in (True, False)}
+        protocol = type("Protocol", (_Protocol,), {"seconds": settings.api_timeout, "crowds": crowds})
         config = Config(
             app,
             http=protocol,

@@ -8,7 +8,7 @@ import json
 import socket
 import stat
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pytest
 
 from pactown_runner import Settings, Supervisor
 from pactown_runner.api import create_app, listening
+from pactown_runner.api.crowd import STRANGERS
 from pactown_runner.api.listening import _Protocol
 from pactown_runner.errors import ConfigError, StateError
 from tests.api.conftest import USER, Api, serving, token
@@ -175,19 +176,75 @@ async def test_one_caller_too_many_is_told_and_others_are_answered(
     supervisor: Supervisor, api_settings: Settings
 ) -> None:
     async with serving(supervisor, replace(api_settings, api_connections=3)) as api:
-        opened = [await soon(asyncio.open_connection(*(api.where.address or ()))) for _ in range(3)]
+        opened = [await api.client("admin") for _ in range(3)]
+        for one in opened:
+            assert (await one.get("/healthz")).status_code == 200
         client = await api.client("admin")
         answer = await client.get("/healthz")
         assert (answer.status_code, answer.json()["code"]) == (503, "crowded")
         assert answer.headers["retry-after"] == "1"
-        # Those on the socket are counted apart.
+        # Those on the socket are counted apart, and those who are there are answered.
         assert (await api.curl("/healthz")).status == 200
-        for _, writer in opened:
-            writer.close()
-            await writer.wait_closed()
+        assert (await opened[0].get("/healthz")).status_code == 200
+        await opened[0].aclose()
 
         async def well() -> bool:
             return (await client.get("/healthz")).status_code == 200
+
+        while not await soon(well()):
+            await asyncio.sleep(0.01)
+
+
+async def stuck(api: Api, held: AsyncExitStack) -> asyncio.StreamReader:
+    """A connection that asks without end, and takes no answer."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, api.where.address or ())
+    reader, writer = await asyncio.open_connection(sock=sock, limit=1)
+    held.callback(writer.close)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20_000)
+    await eventually(lambda: any(it.flow.write_paused for it in gc.get_objects() if isinstance(it, _Protocol)))
+    return reader
+
+
+async def test_strangers_keep_no_caller_out(api: Api) -> None:
+    assert api.where.address is not None
+    client, late = await api.client("admin"), await api.client("admin")
+    assert (await client.get("/healthz")).status_code == 200
+    async with AsyncExitStack() as held:
+        strangers = [await stuck(api, held)]
+        for number in range(STRANGERS + 100):
+            ends = await soon(asyncio.open_connection(*api.where.address))
+            held.callback(ends[1].close)
+            if number % 2:
+                # Nor does it make one a caller that it says something.
+                ends[1].write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert b" 401 " in await soon(ends[0].readline())
+            strangers.append(ends[0])
+        # The oldest make room for others; who may call is served, whether new or not.
+        for reader in strangers[:100]:
+            with suppress(ConnectionError):
+                await soon(reader.read())
+        for one in (client, late):
+            assert (await one.get("/healthz")).status_code == 200
+        assert not strangers[-1].at_eof()
+
+
+async def test_one_tenants_callers_leave_room_for_others(supervisor: Supervisor, api_settings: Settings) -> None:
+    async with serving(supervisor, replace(api_settings, api_connections=8)) as api, AsyncExitStack() as held:
+        shop, same, other = [await api.client(name) for name in ("shop", "shop-read", "other")]
+        first = await held.enter_async_context(shop.stream("GET", "/runner/events"))
+        second = await held.enter_async_context(same.stream("GET", "/runner/events"))
+        assert (first.status_code, second.status_code) == (200, 200)
+        for one in (shop, same):
+            answer = await one.get("/healthz")
+            assert (answer.status_code, answer.json()["code"]) == (503, "crowded")
+        assert (await other.get("/healthz")).status_code == 200
+        await first.aclose()
+
+        async def well() -> bool:
+            return (await shop.get("/healthz")).status_code == 200
 
         while not await soon(well()):
             await asyncio.sleep(0.01)
