@@ -376,7 +376,9 @@ def _parse(name: str, value: Any, *, source: str) -> Any:
         raise ConfigError(f"{source}: {error.message}", remedy=error.remedy) from error
     except (FormatError, TypeError, ValueError) as error:
         remedy = f"write {_FORMS[name]}" if name in _FORMS and isinstance(value, str) else None
-        raise ConfigError(f"{source}: {name} cannot be {value!r}: {error}", remedy=remedy) from error
+        # A token in the place of its digest, as it may be, is not to stand in a log.
+        shown = "this" if name == "tokens" else repr(value)
+        raise ConfigError(f"{source}: {name} cannot be {shown}: {error}", remedy=remedy) from error
 
 
 def _whole(value: Any) -> int:

@@ -70,9 +70,12 @@ class Token:
         Raises:
             ConfigError: it is not so.
         """
-        if not isinstance(table, Mapping) or (unknown := table.keys() - _KEYS):
-            what = ", ".join(sorted(unknown)) if isinstance(table, Mapping) else repr(table)
-            raise ConfigError(f"token {name} cannot have {what}", remedy=f"known are {', '.join(sorted(_KEYS))}")
+        if not isinstance(table, Mapping):
+            # Perhaps the token itself, which is not to stand in a log.
+            raise ConfigError(f"token {name} must be a table", remedy=f"with the keys {', '.join(sorted(_KEYS))}")
+        if unknown := table.keys() - _KEYS:
+            known = f"known are {', '.join(sorted(_KEYS))}"
+            raise ConfigError(f"token {name} cannot have {', '.join(sorted(unknown))}", remedy=known)
         if missing := {"sha256", "role", "expires"} - table.keys():
             raise ConfigError(f"token {name} has no {', '.join(sorted(missing))}")
         expires = _time(name, table["expires"])

@@ -38,10 +38,11 @@ class Hold:
         run_id: the hold's own; its jobs have to go by this id.
     """
 
-    def __init__(self, host: Host, key: str) -> None:
+    def __init__(self, host: Host, user: IsolatedUser) -> None:
         self.run_id = secrets.token_hex(8)
         self._host = host
-        self._key = key
+        self._key = user.key
+        self._user = user.saas_user_id
         self._frozen: dict[str, Cgroup] = {}
         self._found: set[tuple[str, str]] = set()
         self._kept = ExitStack()
@@ -50,7 +51,7 @@ class Hold:
         """Raise `StateError` if anything of the tenant is meant to be alive."""
         if names := sorted(name for name, _ in self._others()):
             raise StateError(
-                f"the home is in use: {', '.join(names[:5])}{' and others' * (len(names) > 5)} of user {self._key}",
+                f"the home is in use: {', '.join(names[:5])}{' and others' * (len(names) > 5)} of user {self._user!r}",
                 remedy="stop its sandboxes first, and wait for what puts or gets files",
             )
 
@@ -81,7 +82,7 @@ class Hold:
             except GoneError:
                 del self._frozen[name]  # it ended before anything was copied
             except CgroupError as error:
-                raise StateError(f"{name} of user {self._key} does not stand still: {error.message}") from error
+                raise StateError(f"{name} of user {self._user!r} does not stand still: {error.message}") from error
 
     def check_still(self) -> None:
         """Raise `StateError` if anything of the tenant has run since `freeze`, or ended."""
@@ -92,7 +93,7 @@ class Hold:
                 moved.add(name)
         if moved:
             raise StateError(
-                f"{', '.join(sorted(moved))} of user {self._key} ran or ended meanwhile, so that the copy is none",
+                f"{', '.join(sorted(moved))} of user {self._user!r} ran or ended meanwhile, so that the copy is none",
                 remedy="try again, and leave the user's sandboxes alone",
             )
 
@@ -117,7 +118,7 @@ def held(host: Host, user: IsolatedUser) -> Iterator[Hold]:
         StateError: it is held already.
         NotFoundError: there is no such user any more.
     """
-    hold = Hold(host, user.key)
+    hold = Hold(host, user)
     claim = (user.key, HOLD, hold.run_id)
     try:
         host.registry.sandboxes.claim(
@@ -134,7 +135,7 @@ def held(host: Host, user: IsolatedUser) -> Iterator[Hold]:
         )
     except AlreadyRunningError as error:
         raise StateError(
-            f"the home of user {user.key} is being exported or imported already", remedy="wait for that"
+            f"the home of user {user.saas_user_id!r} is being exported or imported already", remedy="wait for that"
         ) from error
     try:
         yield hold

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 
 from ..database import Database, exclusive
 from ..errors import StateError
+from .users import called
 
 __all__ = ["HOLD", "HeldError", "Holds", "check_not_held"]
 
@@ -27,8 +28,8 @@ _SET_SPEC = "UPDATE sandboxes SET spec = ? WHERE key = ? AND service_id = '_hold
 class HeldError(StateError):
     """Nothing starts for this user while its home is exported or imported."""
 
-    def __init__(self, key: str) -> None:
-        super().__init__(f"the home of user {key} is being exported or imported", remedy="try again when that is done")
+    def __init__(self, user: str) -> None:
+        super().__init__(f"the home of user {user} is being exported or imported", remedy="try again when that is done")
 
 
 class Holds:
@@ -66,4 +67,4 @@ class Holds:
 def check_not_held(db: sqlite3.Connection, key: str) -> None:
     """Raises `HeldError` while this user is held."""
     if db.execute(_SPEC, (key,)).fetchone() is not None:
-        raise HeldError(key)
+        raise HeldError(called(db, key))

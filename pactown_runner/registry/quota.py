@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ..errors import AdmissionError
 from .standings import standing_of
+from .users import called
 
 __all__ = ["BOUNDLESS", "Quota", "Quotas", "check_quota", "quota_of"]
 
@@ -64,7 +65,7 @@ def quota_of(db: sqlite3.Connection, key: str, service_id: str, quotas: Quotas) 
         return quotas.general
     if tier not in quotas.of_tiers:
         raise AdmissionError(
-            f"cannot start {service_id!r}: user {key} has the tier {tier!r}, which is not known",
+            f"cannot start {service_id!r}: user {called(db, key)} has the tier {tier!r}, which is not known",
             limit="tiers",
             remedy="give the user another tier, or add it to the settings",
         )
@@ -103,7 +104,7 @@ def _check_host(db: sqlite3.Connection, service_id: str, most: int) -> None:
 def _check_user(db: sqlite3.Connection, key: str, service_id: str, most: int) -> None:
     if (count := db.execute(_COUNT_OF_USER, (key,)).fetchone()[0]) > most:
         raise AdmissionError(
-            f"cannot start {service_id!r}: {count - 1} sandboxes of user {key} run, and {most} may",
+            f"cannot start {service_id!r}: {count - 1} sandboxes of user {called(db, key)} run, and {most} may",
             limit="max_sandboxes_per_user",
             remedy="stop others of this user, or raise max_sandboxes_per_user in the settings",
         )
@@ -129,8 +130,9 @@ def _count_start(db: sqlite3.Connection, key: str, service_id: str, rate: _Rate,
         full_at = now
     full_at += each
     if (early := full_at - whole - now) > 0:
+        user, starts = called(db, key), f"{rate.starts:g} {rate.limit.replace('_', ' ')}"
         raise AdmissionError(
-            f"cannot start {service_id!r}: user {key} has had its {rate.starts:g} {rate.limit.replace('_', ' ')}",
+            f"cannot start {service_id!r}: user {user} has had its {starts}",
             limit=rate.limit,
             retry_after=early / 1e6,
             remedy=f"try again in {early / 1e6:.3g} seconds",

@@ -17,6 +17,7 @@ from ..errors import AlreadyRunningError, BlockedError, NotFoundError
 from .holds import check_not_held
 from .quota import BOUNDLESS, Quotas, check_quota, quota_of
 from .standings import standing_of
+from .users import called
 
 __all__ = ["ClaimedError", "Kind", "SandboxRow", "SandboxTable"]
 
@@ -175,7 +176,7 @@ class SandboxTable:
             if db.execute(_RESTART, (run_id, created_at, *claim, owner)).rowcount == 1:
                 return True
             if standing_of(db, claim[0]).blocked:
-                raise BlockedError(f"cannot start {claim[1]!r} again: user {_user(db, claim[0])} is blocked")
+                raise BlockedError(f"cannot start {claim[1]!r} again: user {called(db, claim[0])} is blocked")
             check_not_held(db, claim[0])
         return False
 
@@ -218,18 +219,12 @@ class SandboxTable:
 def _insert(db: sqlite3.Connection, row: SandboxRow, statement: str = _CLAIM) -> None:
     if not _try_insert(db, row, statement):
         if standing_of(db, row.key).blocked:
-            raise BlockedError(f"cannot start {row.service_id!r}: user {_user(db, row.key)} is blocked")
+            raise BlockedError(f"cannot start {row.service_id!r}: user {called(db, row.key)} is blocked")
         # Whose name is taken need not wait for the end of a hold.
         if there := db.execute(_ONE, (row.key, row.service_id)).fetchone():
-            raise ClaimedError(row, SandboxRow(*there), _user(db, row.key))
+            raise ClaimedError(row, SandboxRow(*there), called(db, row.key))
         check_not_held(db, row.key)
-        raise NotFoundError(f"cannot start {row.service_id!r}: user {_user(db, row.key)} is not ready")
-
-
-def _user(db: sqlite3.Connection, key: str) -> str:
-    """Whose key it is, for people, who do not know keys; the key itself where it is nobody's."""
-    found = db.execute("SELECT saas_id FROM users WHERE key = ?", (key,)).fetchone()
-    return repr(found[0].decode()) if found else f"with key {key}"
+        raise NotFoundError(f"cannot start {row.service_id!r}: user {called(db, row.key)} is not ready")
 
 
 def _try_insert(db: sqlite3.Connection, row: SandboxRow, statement: str) -> bool:
@@ -240,4 +235,4 @@ def _try_insert(db: sqlite3.Connection, row: SandboxRow, statement: str) -> bool
             raise
         found = db.execute(_ONE, (row.key, row.service_id)).fetchone()
         # Another process may have released it just now; it was claimed when we asked.
-        raise ClaimedError(row, SandboxRow(*found) if found else None, _user(db, row.key)) from None
+        raise ClaimedError(row, SandboxRow(*found) if found else None, called(db, row.key)) from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..database import Database, transaction
 from ..errors import StateError
 from ..models import IsolatedUser
 
-__all__ = ["Removal", "UserRow", "UserStatus", "UserTable"]
+__all__ = ["Removal", "UserRow", "UserStatus", "UserTable", "called"]
 
 UserStatus = Literal["creating", "ready", "deleting", "deleted"]
 """`creating` and `deleting`: the account may or may not exist, and whoever comes next finishes the job."""
@@ -191,6 +192,12 @@ class UserTable:
         if done != 1:
             raise StateError(f"user {row.username} cannot become {to}: it is not {before} any more")
         return replace(row, status=to)
+
+
+def called(db: sqlite3.Connection, key: str) -> str:
+    """Whose key it is, for people, who do not know keys; the key itself where it is nobody's."""
+    found = db.execute("SELECT saas_id FROM users WHERE key = ?", (key,)).fetchone()
+    return repr(found[0].decode()) if found else f"with key {key}"
 
 
 def _user_row(values: tuple[Any, ...]) -> UserRow:

@@ -124,7 +124,7 @@ GOOD = {"sha256": HASH, "role": "read", "expires": "never"}
         ({**GOOD, "sha256": 5}, "64 hex digits"),
         ({**GOOD, "tenant": ""}, "tenant of token ci"),
         ({**GOOD, "tenant": 5}, "tenant of token ci"),
-        (5, "token ci"),
+        ("s3cret", "token ci must be a table"),
     ],
 )
 def test_a_malformed_token_is_refused_and_not_shown(table: Any, says: str, tmp_path: Path) -> None:
@@ -140,6 +140,13 @@ def test_what_is_in_the_file_in_place_of_a_hash_is_not_shown(tmp_path: Path) -> 
         Settings.load(config=path, environ={})
     assert "s3cret" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["s3cret", 'ci = "s3cret"', "ci = s3cret"])
+def test_what_is_in_a_variable_in_place_of_tokens_is_not_shown(text: str) -> None:
+    with pytest.raises(ConfigError, match="PACTOWN_TOKENS") as caught:
+        Settings.load(environ={"PACTOWN_TOKENS": text})
+    assert "s3cret" not in f"{caught.value} {caught.value.remedy}"
 
 
 @pytest.mark.parametrize("text", ["tokens = 5", "tiers = 5", "tokens = [1]"])

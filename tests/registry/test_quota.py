@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,12 @@ def test_a_cap_on_the_host_counts_all_users_sandboxes(registry: Registry, ready:
 
 def test_a_cap_on_a_user_counts_its_own(registry: Registry, ready: UserRow, other: UserRow) -> None:
     quota = Quotas(Quota(max_per_user=2))
-    for key in (ready.key, other.key):
+    for user in (ready, other):
         for service_id in ("a", "b"):
-            registry.sandboxes.claim(sandbox_row(service_id, key=key), quota)
-        with pytest.raises(AdmissionError, match=f"2 sandboxes of user {key} run, and 2 may") as caught:
-            registry.sandboxes.claim(sandbox_row("c", key=key), quota)
+            registry.sandboxes.claim(sandbox_row(service_id, key=user.key), quota)
+        told = re.escape(f"2 sandboxes of user {user.saas_id!r} run, and 2 may")
+        with pytest.raises(AdmissionError, match=told) as caught:
+            registry.sandboxes.claim(sandbox_row("c", key=user.key), quota)
         assert caught.value.limit == "max_sandboxes_per_user"
     registry.sandboxes.release(ready.key, "a", "r1")
     registry.sandboxes.claim(sandbox_row("c"), quota)
