@@ -307,7 +307,8 @@ class _Server(uvicorn.Server):
             lifespan="off",
             interface="asgi3",
             log_config=None,
-            log_level="warning",
+            # What it warns of are strangers: that they speak no HTTP, or of protocols that there are not.
+            log_level="error",
             access_log=False,
             proxy_headers=False,
             server_header=False,

@@ -98,6 +98,13 @@ async def test_a_body_without_end_is_not_kept(api: Api) -> None:
 async def test_heads_are_as_large_as_they_may_be(api: Api) -> None:
     client = await api.client()
     assert (await client.get("/healthz", headers={"X": "x" * 8000})).status_code == 200
+    for path, headers in (
+        ("/healthz", {"X": "x" * 17_000}),
+        ("/healthz?" + "x" * 17_000, {}),
+        ("/" + "x" * 17_000, {}),
+    ):
+        answer = await client.get(path, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (431, "large-head")
     async with connected(api) as ends:
         answer = await said(ends, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * (1 << 20))
         assert answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400")) or not answer
@@ -253,17 +260,19 @@ async def test_one_tenants_callers_leave_room_for_others(supervisor: Supervisor,
 @pytest.mark.parametrize(
     "data", [b"\0\0\0\0\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
 )
-async def test_what_is_no_http_is_no_reason_to_stumble(api: Api, data: bytes) -> None:
+async def test_what_is_no_http_is_no_reason_to_stumble(api: Api, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
     async with connected(api) as ends:
         assert (await said(ends, data)).startswith((b"HTTP/1.1 400", b"HTTP/1.1 421"))
     assert (await api.curl("/healthz")).status == 200
+    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
 
 
-async def test_a_request_that_asks_for_another_protocol_gets_none(api: Api) -> None:
+async def test_a_request_that_asks_for_another_protocol_gets_none(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     client = await api.client()
     headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "x", "Sec-WebSocket-Version": "13"}
     assert (await client.get("/runner/events", headers={**headers, "Host": "evil"})).status_code == 421
     assert (await client.get("/healthz", headers=headers)).status_code == 200
+    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
 
 
 # Where it listens --------------------------------------------------------------------------------------------------
