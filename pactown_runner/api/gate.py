@@ -29,6 +29,7 @@ class Gate:
     def __init__(self, app: ASGIApp, settings: Settings, callers: Callers) -> None:
         self._app = app
         self._callers = callers
+        self._most = settings.api_head_bytes
         self._origins = frozenset(settings.api_origins)
         self._hosts = _LOOPBACK | {host.lower() for host in settings.api_hosts}
         if settings.api_listen is not None:
@@ -37,12 +38,19 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request (https://asgi.readthedocs.io)."""
         if scope["type"] == "http":
-            refusal = self._refuse(scope)
+            refusal = self._too_large(scope) or self._refuse(scope)
             await (self._app if refusal is None else refusal)(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
             await self._app(scope, receive, send)
+
+    def _too_large(self, scope: Scope) -> Response | None:
+        """Refuse a head that is larger than it may be: h11 bounds only what has come of one that is not whole."""
+        target = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
+        if target + sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"]) <= self._most:
+            return None
+        return problem(431, "large-head", f"the request's head has more than {self._most} bytes")
 
     def _refuse(self, scope: Scope) -> Response | None:
         """What to say instead, if anything; else the scope knows the caller and the canonical path."""

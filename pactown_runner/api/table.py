@@ -41,7 +41,7 @@ OPERATOR, OVERSEER = Access("admin", whole_host=True), Access("read", whole_host
 Body = Literal["json", "file", "archive"]
 """How large a request's body may be: as the settings `api_body_bytes`, `api_file_bytes`, `archive_max_bytes` say."""
 
-_ANYWHERE = (400, 401, 403, 421, 422, 500, 503)
+_ANYWHERE = (400, 401, 403, 421, 422, 431, 500, 503)
 _WHY = {
     400: "The path or the query is malformed, or the caller went away",
     401: "A token is needed that is known here and has not expired",
@@ -53,6 +53,7 @@ _WHY = {
     421: "This is not the host that was asked for",
     422: "The request is malformed, or can never be right",
     429: "A cap or a rate is reached",
+    431: "The request's head is too large",
     500: "Something that nobody foresaw, or a setting that is not usable here",
     503: "The server stops, too many callers are connected, or the registry cannot be read",
     505: "This needs HTTP/1.1",

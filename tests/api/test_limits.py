@@ -98,13 +98,10 @@ async def test_a_body_without_end_is_not_kept(api: Api) -> None:
 async def test_heads_are_as_large_as_they_may_be(api: Api) -> None:
     client = await api.client()
     assert (await client.get("/healthz", headers={"X": "x" * 8000})).status_code == 200
-    for path, headers in (
-        ("/healthz", {"X": "x" * 17_000}),
-        ("/healthz?" + "x" * 17_000, {}),
-        ("/" + "x" * 17_000, {}),
-    ):
-        answer = await client.get(path, headers=headers)
-        assert (answer.status_code, answer.json()["code"]) == (431, "large-head")
+    large = "x" * 17_000
+    for path, headers in (("/healthz", {"X": large}), (f"/healthz?{large}", {}), (f"/{large}", {})):
+        refused = await client.get(path, headers=headers)
+        assert (refused.status_code, refused.json()["code"]) == (431, "large-head")
     async with connected(api) as ends:
         answer = await said(ends, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * (1 << 20))
         assert answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400")) or not answer
