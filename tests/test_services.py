@@ -388,7 +388,8 @@ async def test_one_that_ends_in_order_is_not_taken_for_dead(supervisor: Supervis
 @each_loop
 async def test_a_registered_service_comes_back_with_the_next_supervisor(settings: Settings) -> None:
     async with Supervisor(settings=settings) as supervisor:
-        await supervisor.start(spec(COUNTED + "sleep 1000", service="back", restart=policy("always")))
+        first = await supervisor.start(spec(COUNTED + "sleep 1000", service="back", restart=policy("always")))
+        await line_of(first, "run 1")
         await supervisor.start(spec(SLEEP, service="gone"))
         await supervisor.start(spec(SLEEP, service="failing", restart=policy("on-failure")))
         stopped = await supervisor.start(spec(SLEEP, service="stopped", restart=policy("always")))
