@@ -18,6 +18,9 @@ from .problems import ProblemError
 
 __all__ = ["GuardedRoute"]
 
+_LEAST_RATE = 16 << 10
+"""Bytes of a body a second, while it is waited for: who sends one at a time would keep what takes them for hours."""
+
 
 class GuardedRoute(APIRoute):
     """A route of the table.
@@ -25,7 +28,8 @@ class GuardedRoute(APIRoute):
     Args:
         access: what a caller needs.
         max_body: the most bytes of a request's body.
-        timeout: seconds between two pieces of a body, and for each piece of the answer to be taken.
+        timeout: seconds between two pieces of a body, and for each piece of the answer to be taken. In twice as many a
+            body has to come at the least rate.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class GuardedRoute(APIRoute):
         if length.isdecimal() and int(length) > self._max_body:
             raise self._too_large(endless=False)
         taken, over = 0, False
+        pace = _Pace(2 * self._timeout)
 
         async def bounded() -> Message:
             nonlocal taken, over
@@ -82,7 +87,7 @@ class GuardedRoute(APIRoute):
                 return await receive()
             try:
                 async with asyncio.timeout(self._timeout):
-                    message = await receive()
+                    message = await pace.keep(receive)
             except TimeoutError:
                 if begun.is_set():
                     return await receive()
@@ -120,3 +125,33 @@ class GuardedRoute(APIRoute):
                 raise
 
         return patient
+
+
+class _Pace:
+    """How fast a body comes, while it is waited for.
+
+    Args:
+        seconds: of waiting, over which it is looked at.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._waited = 0.0
+        self._taken = 0
+
+    async def keep(self, receive: Receive) -> Message:
+        """The next piece.
+
+        Raises:
+            TimeoutError: they come too slowly.
+        """
+        loop = asyncio.get_running_loop()
+        before = loop.time()
+        message = await receive()
+        self._waited += loop.time() - before
+        self._taken += len(message.get("body", b""))
+        if self._waited >= self._seconds:
+            if self._taken < self._waited * _LEAST_RATE and message.get("more_body", False):
+                raise TimeoutError
+            self._waited, self._taken = 0.0, 0
+        return message

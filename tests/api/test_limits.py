@@ -130,6 +130,27 @@ async def test_a_body_that_does_not_come_is_not_waited_for(supervisor: Superviso
         assert (await said(ends, head.encode())).startswith(b"HTTP/1.1 408")
 
 
+async def test_a_body_that_comes_a_byte_at_a_time_is_not_waited_for(
+    supervisor: Supervisor, api_settings: Settings
+) -> None:
+    path = f"/runner/isolation/user/{quote(USER, safe='')}/import"
+    async with serving(supervisor, replace(api_settings, api_timeout=0.5)) as api, connected(api) as (reader, writer):
+        writer.write(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n".encode())
+
+        async def drip() -> None:
+            with suppress(ConnectionError):
+                while True:
+                    writer.write(b"x")
+                    await writer.drain()
+                    await asyncio.sleep(0.02)
+
+        dripping = asyncio.create_task(drip())
+        try:
+            assert b" 408 " in await soon(reader.readline())
+        finally:
+            dripping.cancel()
+
+
 async def test_who_does_not_take_the_answer_is_hung_up_on(supervisor: Supervisor, api_settings: Settings) -> None:
     await supervisor.run(spec("head -c 20000000 /dev/zero | tr '\\0' x | fold -w 1000"))
     async with serving(supervisor, replace(api_settings, api_timeout=0.2)) as api, connected(api) as (reader, writer):
