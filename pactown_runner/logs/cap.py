@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import LogError
@@ -25,7 +27,7 @@ from .spool import BLOCK_BYTES
 if TYPE_CHECKING:
     from .journal import Journal
 
-__all__ = ["hold_cap", "most_files"]
+__all__ = ["Look", "most_files"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,38 +53,72 @@ def most_files(limit: int) -> int:
     return max(1024, limit >> 16)
 
 
-def hold_cap(paths: LogPaths, limit: int, own: Mapping[str, Journal]) -> None:
-    """Drop logs of a tenant, the oldest first, until all of them take `limit` bytes, and are `most_files`, at most.
+class Look:
+    """A look at what a tenant's logs take, in a thread of its own, which begins at once.
+
+    It drops what nobody writes to, the oldest first, until all of them take `limit` bytes, and are `most_files`, at
+    most. What this process writes to is left to `finish`.
 
     Args:
         paths: the tenant's.
         limit: bytes.
-        own: the logs that this process writes to, by path.
+        own: the paths of the logs that this process writes to.
     """
-    excess, rooms = _drop_oldest(paths, limit, own.keys())
-    for path in sorted(rooms, key=rooms.__getitem__, reverse=True):
-        if excess <= 0 or rooms[path] <= BLOCK_BYTES:
-            return
-        if (journal := own.get(path)) is not None:
-            excess -= _tried(path, rooms[path], journal.restart) or 0
+
+    def __init__(self, paths: LogPaths, limit: int, own: Collection[str]) -> None:
+        self._paths = paths
+        self._limit = limit
+        self._own = frozenset(own)
+        self._excess = 0
+        self._left: list[_File] = []
+        self._thread = threading.Thread(target=self._drop, name="log-cap")
+        try:
+            self._thread.start()
+        except RuntimeError:  # there may be no more threads, or the process ends
+            self._drop()
+
+    def _drop(self) -> None:
+        self._excess, self._left = _drop_oldest(self._paths, self._limit, self._own)
+
+    @property
+    def over(self) -> bool:
+        """Whether it is."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait until it is over."""
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def finish(self, own: Mapping[str, Journal]) -> None:
+        """Wait until it is over, and drop of what was left to us, the largest first, what is still too much."""
+        self.wait()
+        for file in sorted(self._left, key=attrgetter("room"), reverse=True):
+            if self._excess <= 0 or file.room <= BLOCK_BYTES:
+                return
+            path = self._paths.log(file.service_id)
+            journal = own.get(path)
+            # It may have ended meanwhile.
+            drop = partial(drop_idle, self._paths, file.service_id) if journal is None else journal.restart
+            self._excess -= _tried(path, file.room, drop) or 0
 
 
-def _drop_oldest(paths: LogPaths, limit: int, own: Collection[str]) -> tuple[int, dict[str, int]]:
-    """Drop what nobody writes to. Returns how much is too much still, and then what each of our `own` takes."""
+def _drop_oldest(paths: LogPaths, limit: int, own: Collection[str]) -> tuple[int, list[_File]]:
+    """Drop what nobody writes to. Returns how much is too much still, and the newest files of what is our `own`."""
     try:
         files = sorted(_files(paths))
         excess = sum(file.room for file in files) + _room(paths.spool_dir) + _room(paths.gone_dir) - limit
     except OSError as error:
         _log.error("cannot see how much the logs in %s take: %s", paths.tenant_dir, error)
-        return 0, {}
+        return 0, []
     crowd = min(len(files) - len(own) - most_files(limit), _AT_ONCE)
-    rooms = {}
+    left = []
     for file in files:
         if excess <= 0 and crowd <= 0:
             break
         path = paths.log(file.service_id)
         if file.number == _NEWEST and path in own:
-            rooms[path] = file.room
+            left.append(file)
             continue
         if file.number != _NEWEST:
             freed = _tried(path, file.room, partial(_unlink, f"{put_aside(path)}.{file.number}", file.room))
@@ -91,7 +127,7 @@ def _drop_oldest(paths: LogPaths, limit: int, own: Collection[str]) -> tuple[int
         if freed is not None:
             excess -= freed
             crowd -= 1
-    return excess, rooms
+    return excess, left
 
 
 def _files(paths: LogPaths) -> Iterator[_File]:

@@ -37,12 +37,16 @@ BACKLOG_BYTES = 1 << 19
 """A stream's bytes in the spool that are not in the log yet, beyond which nothing more is taken."""
 TAKE_BYTES = 1 << 18
 """The most that is spliced at once; a FIFO holds 64 KiB unless the tenant enlarged it, to 1 MiB at most."""
+ROOM_BYTES = 2 * TAKE_BYTES
+"""About the most room that one turn takes, in spool or log."""
 PROBE_BYTES = 4096
 """How much is taken to see whether a disk has room again."""
 RETRY_SECONDS = 0.25
 """How long to wait after a full or failing disk."""
 COUNT_SECONDS = 0.25
 """How long after lines were dropped their count is in the log, at the latest."""
+LOOK_SECONDS = 0.001
+"""How long to wait for a look at what the tenant's logs take, before asking whether it is over."""
 SAY_SECONDS = 60.0
 """How often at most one pump tells the operator that it cannot write."""
 
@@ -246,6 +250,9 @@ class LogPump:
         self._close()
         if self._owns_feed:
             self.feed.close()
+        if not self._tenant.journals:
+            # Whoever deletes the tenant now finds nobody else at work in its logs.
+            await self._tenant.looked()
 
     def detach(self) -> None:
         """Stop, and leave FIFOs and spools to a successor that calls `adopt`. Harmless when called twice."""
@@ -274,8 +281,18 @@ class LogPump:
     async def _drain(self, owed: list[int]) -> None:
         writer = self._open_writer()
         writer.flush()
-        # In turn with all others: many runs may end at once, each with a full FIFO.
-        await self._have_hub().complete(partial(self._drain_some, writer, owed))
+        waits = True
+
+        def turn() -> bool:
+            nonlocal waits
+            waits = self._tenant.is_behind(ROOM_BYTES)
+            return not waits and self._drain_some(writer, owed)
+
+        while waits:
+            # In turn with all others: many runs may end at once, each with a full FIFO.
+            await self._have_hub().complete(turn)
+            if waits:
+                await self._tenant.looked()
         writer.count_dropped()
         self._wrote(writer)
 
@@ -342,7 +359,10 @@ class LogPump:
             self._listen()
 
     def _take(self, index: int, limit: int) -> bool:
-        """Take some of what a FIFO holds; False if there was nothing."""
+        """Take some of what a FIFO holds; False if there was nothing, or it has to wait."""
+        if self._tenant.is_behind(ROOM_BYTES):
+            self._pause(LOOK_SECONDS)
+            return False
         try:
             moved = self._open_writer().take(index, self._fifos[index].fd, limit)
         except (OSError, LogError) as error:
@@ -372,6 +392,9 @@ class LogPump:
         self._queued = False
         writer = self._writer
         if not self._started or self._timer is not None or writer is None:
+            return False
+        if self._tenant.is_behind(ROOM_BYTES):
+            self._pause(LOOK_SECONDS)
             return False
         try:
             more = writer.render(0) | writer.render(1)
@@ -411,21 +434,28 @@ class LogPump:
             self.written = writer.seq
         return self._writer
 
-    # ---- a full disk
+    # ---- a full disk, or one that is looked at
 
     def _stall(self, error: Exception) -> None:
         """Stop until the disk may have recovered; what is not written waits in FIFO and spool."""
-        self._deafen()
         first, self.error = self.error is None, self._trouble(error)
         if first and time.monotonic() - self._said > SAY_SECONDS:
             self._said, self._told = time.monotonic(), True
             _log.error("%s; its program waits once it has printed a little more", self.error)
         self.feed.notify()
+        self._pause(self._retry)
+
+    def _pause(self, seconds: float) -> None:
+        """Stop for a while: the disk is full, or is being looked at."""
+        self._deafen()
         if self._hub is not None and self._timer is None:
-            self._timer = self._hub.loop.call_later(self._retry, self._resume)
+            self._timer = self._hub.loop.call_later(seconds, self._resume)
 
     def _resume(self) -> None:
         self._timer = None
+        if self._tenant.is_behind(ROOM_BYTES):
+            self._pause(LOOK_SECONDS)
+            return
         try:
             self._try_again()
         except (OSError, LogError) as error:

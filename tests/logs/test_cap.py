@@ -9,11 +9,13 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from pactown_runner.logs import LogFeed, LogPaths, TenantLogs, read_log
+from pactown_runner.logs import cap as cap_module
 from pactown_runner.logs.journal import Journal
 from pactown_runner.logs.records import record_logger
 from pactown_runner.logs.writer import Writer
@@ -308,6 +310,54 @@ async def test_raw_output_that_waits_counts_whenever_it_comes(paths: LogPaths, d
         for writer in writers:
             writer.close()
     assert cap * 0.7 < most <= cap
+
+
+PRINT = """if 1:
+    import sys
+    print("begun", flush=True)
+    sys.stdin.readline()
+    sys.stdout.write(("y" * 999 + "\\n") * 20_000)
+"""
+
+
+async def test_a_look_that_takes_long_holds_up_its_tenant_alone(
+    make_pump: MakePump, write: Write, paths: LogPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant = limited(paths, cap_bytes=16 << 20, rotate_bytes=1 << 20, keep=50)
+    loud = make_pump("loud", tenant=tenant, retry=0.001)
+    quiet = make_pump("quiet", paths=LogPaths(paths.log_dir, paths.run_dir, "bbccddee"))
+    for pump in (loud, quiet):
+        pump.create()
+        pump.start()
+    flood = await write(loud, sys.executable, "-c", PRINT, stdin=asyncio.subprocess.PIPE)
+    echo = await write(quiet, "cat", stdin=asyncio.subprocess.PIPE)
+    assert flood.stdin is not None
+    assert echo.stdin is not None
+    echo.stdin.write(b"begun\n")
+    # Both have looked once.
+    await soon(written(loud, lambda: loud.written == 1))
+    await soon(written(quiet, lambda: quiet.written == 1))
+    look, told = cap_module._drop_oldest, threading.Event()
+    monkeypatch.setattr(cap_module, "_drop_oldest", lambda *words: (told.wait(), look(*words))[1])
+    try:
+        flood.stdin.write(b"\n")
+        count = 1
+        while not tenant.is_behind(1 << 19) or count < 100:
+            count += 1
+            echo.stdin.write(b"still here\n")
+            await soon(written(quiet, lambda: quiet.written == count))  # noqa: B023 - awaited at once
+        ended = asyncio.ensure_future(flood.wait())
+        echo.stdin.close()
+        await soon(echo.wait())
+        await soon(quiet.finish())
+        assert not ended.done()
+    finally:
+        told.set()
+    await soon(ended)
+    await soon(loud.finish())
+    found = await kept(paths, "loud")
+    assert found == list(range(found[0], 20_002))
+    assert (16 << 20) * 0.8 < total(paths) <= 16 << 20
 
 
 async def test_what_is_no_log_is_neither_counted_nor_touched(paths: LogPaths) -> None:
