@@ -457,7 +457,9 @@ class LogPump:
             self._pause(LOOK_SECONDS)
             return
         try:
-            self._try_again()
+            # After a look there is nothing to be tried. What that takes ends in the midst of a line, as a rule.
+            if self.error is not None:
+                self._try_again()
         except (OSError, LogError) as error:
             self._stall(error)
             return

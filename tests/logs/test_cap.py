@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pactown_runner.logs import LogFeed, LogPaths, TenantLogs, read_log
+from pactown_runner.logs import LogFeed, LogPaths, LogPump, TenantLogs, read_log
 from pactown_runner.logs import cap as cap_module
 from pactown_runner.logs.journal import Journal
 from pactown_runner.logs.records import record_logger
@@ -338,6 +338,8 @@ async def test_a_look_that_takes_long_holds_up_its_tenant_alone(
     await soon(written(loud, lambda: loud.written == 1))
     await soon(written(quiet, lambda: quiet.written == 1))
     look, told = cap_module._drop_oldest, threading.Event()
+    tried: list[LogPump] = []
+    monkeypatch.setattr(LogPump, "_try_again", lambda pump: tried.append(pump))  # noqa: PLW0108 - a method
     monkeypatch.setattr(cap_module, "_drop_oldest", lambda *words: (told.wait(), look(*words))[1])
     try:
         flood.stdin.write(b"\n")
@@ -355,6 +357,8 @@ async def test_a_look_that_takes_long_holds_up_its_tenant_alone(
         told.set()
     await soon(ended)
     await soon(loud.finish())
+    # It went on as it had stopped, and not as after a full disk: by as much as fits, in the midst of a line.
+    assert tried == []
     found = await kept(paths, "loud")
     assert found == list(range(found[0], 20_002))
     assert (16 << 20) * 0.8 < total(paths) <= 16 << 20
