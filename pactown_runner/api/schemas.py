@@ -21,7 +21,7 @@ from pydantic import (
 from cgroups import Limits, Stats
 
 from ..errors import StateError
-from ..models import IsolatedUser, IsolationReport, LogRecord, Outcome, State
+from ..models import IsolatedUser, IsolationReport, Outcome, State
 from ..sandbox import Sandbox
 from ..specs import MAX_USER_ID_BYTES, Namespace, Probe, RestartMode, RestartPolicy, SandboxSpec
 from ..tiers import Tier
@@ -37,7 +37,6 @@ __all__ = [
     "ImportOut",
     "LimitsIn",
     "PageLimit",
-    "Record",
     "SandboxIn",
     "SandboxView",
     "SandboxesPage",
@@ -454,24 +453,6 @@ class TransferOut(BaseModel):
 
 
 StatsOut = Stats
-
-
-class Record(BaseModel):
-    """One line that a sandbox printed."""
-
-    ts: float = Field(description="Seconds since the epoch.")
-    seq: int = Field(description="Counts a service's records from 1.")
-    stream: Literal["stdout", "stderr"]
-    line: str
-    line_b64: str | None = Field(None, description="The bytes, where they are not UTF-8.")
-    partial: bool = Field(description="The line goes on in the stream's next record, or ended without a newline.")
-    dropped_lines: int = Field(description="Lines that the tenant's rate limit dropped here.")
-    dropped_bytes: int
-
-    @classmethod
-    def dict_of(cls, record: LogRecord) -> dict[str, Any]:
-        """As it is sent. Not by way of a model: there are many."""
-        return record.to_dict()
 
 
 class Health(BaseModel):

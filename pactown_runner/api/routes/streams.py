@@ -13,7 +13,7 @@ from ...models import LogRecord
 from ...sandbox import Sandbox
 from ...specs import check_service_id
 from ..access import Caller
-from ..schemas import Record, ServiceId, UserId
+from ..schemas import ServiceId, UserId
 from ..server import Server, caller_of, server_of
 from ..sse import Closing, Message, end, event_stream
 from .users import known_user
@@ -87,7 +87,7 @@ def _live(server: Server, user_id: str, service_id: str) -> Sandbox | None:
 
 
 def _message(record: LogRecord) -> Message:
-    return Message("record", Record.dict_of(record), record.seq)
+    return Message("record", record.to_dict(), record.seq)
 
 
 async def events(
