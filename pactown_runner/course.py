@@ -147,7 +147,8 @@ class Course:
         if self.claim is not None:
             key, service_id, _ = self.claim
             if (await self._host.in_thread(self._host.standings.of, key)).blocked:
-                raise BlockedError(f"cannot start {service_id!r} again: user {key} is blocked")
+                user = self.run.spec.user_id
+                raise BlockedError(f"cannot start {service_id!r} again: user {user!r} is blocked")
 
     async def leave(self) -> None:
         """Let go of a service, running as it is, for a successor to take over. What is just ending ends."""
